@@ -1,0 +1,3 @@
+//! The filesystem: FUSE adapter, namespace, local store, push and fetch.
+
+pub mod ports;
