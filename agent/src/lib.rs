@@ -1,1 +1,27 @@
-//! agent
+//! The storage agent: the daemon of one node at one location. It keeps shards, scrubs them and rebuilds lost ones.
+//!
+//! ```text
+//!   clients ──RESP/TLS──▶ zdb server ──▶ zdb engine ──▶ one directory per backend
+//!                                            ▲
+//!   metad ──session──▶ serve ──orders──▶ jobs (core) ──▶ rebuild, delete (shells)
+//!                        ▲                   scrub (core) ──▶ tour (shell), one per backend
+//!                        └── facts ◀── hosted and attached backends
+//! ```
+//!
+//! *Scrub finds, re-silver decides, rebuild does*: this crate finds and does; what is to be done is decided by
+//! metad. No key is ever here: pieces are verified by their own headers and by the hashes of the encoding record.
+//!
+//! - [`options`]: what a person asks for
+//! - [`join`](fn@join), [`serve`](fn@serve): the two verbs
+//! - [`jobs`]: which rebuilds and deletions run now (`step`)
+
+mod error;
+pub mod jobs;
+mod join;
+pub mod options;
+mod serve;
+
+pub use error::AgentError;
+pub use join::{Joined, join};
+pub use options::{AttachSpec, BackendSpec, JoinOptions, ServeOptions};
+pub use serve::serve;
