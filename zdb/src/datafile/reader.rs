@@ -1,0 +1,295 @@
+//! What readers and syncers of a datafile share with its writer.
+
+use super::frame::{
+    FILE_HEADER_BYTES, FRAME_HEADER_BYTES, FileHeader, FileHeaderRead, FrameHeader, VERSION,
+    frame_bytes,
+};
+use super::scan::{Step, Window};
+use super::{DatafileError, DatafileHeader, KIND_MARK, KIND_VOID};
+use crate::media::{Media, MediaFile, OpenMode};
+use bytes::Bytes;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) file: Box<dyn MediaFile>,
+    pub(super) path: PathBuf,
+    pub(super) header: FileHeader,
+    /// Where the next frame goes.
+    pub(super) written: AtomicU64,
+    /// Everything before is on disk.
+    pub(super) durable: AtomicU64,
+    stopped: AtomicBool,
+}
+
+impl Shared {
+    pub(super) fn new(
+        file: Box<dyn MediaFile>,
+        path: &Path,
+        header: FileHeader,
+        length: u64,
+    ) -> Self {
+        Self {
+            file,
+            path: path.to_owned(),
+            header,
+            written: AtomicU64::new(length),
+            durable: AtomicU64::new(length),
+            stopped: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn open(
+        media: &Arc<dyn Media>,
+        path: &Path,
+        mode: OpenMode,
+        expected: DatafileHeader,
+    ) -> Result<Self, DatafileError> {
+        let fail = |step| {
+            move |source| DatafileError::Io {
+                step,
+                path: path.to_owned(),
+                source,
+            }
+        };
+        let file = media.open(path, mode).map_err(fail("open"))?;
+        let bytes = file.length().map_err(fail("measure"))?;
+        let no_header = |reason, never_born| DatafileError::NoHeader {
+            path: path.to_owned(),
+            reason,
+            bytes,
+            never_born,
+        };
+        if bytes < FILE_HEADER_BYTES {
+            return Err(no_header("it is too short", true));
+        }
+        let mut raw = [0; 64];
+        file.read_exact_at(&mut raw, 0)
+            .map_err(fail("read the header of"))?;
+        match FileHeader::decode(&raw) {
+            FileHeaderRead::Valid(header) if header.header == expected => {
+                Ok(Self::new(file, path, header, bytes))
+            }
+            FileHeaderRead::Valid(header) => Err(DatafileError::Foreign {
+                path: path.to_owned(),
+                found: header.header,
+                expected,
+            }),
+            FileHeaderRead::OtherVersion(found) => Err(DatafileError::Version {
+                path: path.to_owned(),
+                found,
+                known: VERSION,
+            }),
+            FileHeaderRead::Invalid(reason) => Err(no_header(reason, bytes == FILE_HEADER_BYTES)),
+        }
+    }
+
+    pub(super) fn io(&self, step: &'static str, source: io::Error) -> DatafileError {
+        DatafileError::Io {
+            step,
+            path: self.path.clone(),
+            source,
+        }
+    }
+
+    pub(super) fn check_running(&self) -> Result<(), DatafileError> {
+        if self.stopped.load(Ordering::Acquire) {
+            return Err(DatafileError::Stopped {
+                path: self.path.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    pub(super) fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+    }
+
+    fn damaged(&self, offset: u64, bytes: u64) -> DatafileError {
+        DatafileError::Damaged {
+            path: self.path.clone(),
+            offset,
+            bytes,
+        }
+    }
+}
+
+/// A verified frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// Where it stands.
+    pub offset: u64,
+    /// The user's kind.
+    pub kind: u8,
+    /// Its payload, prefix included.
+    pub payload: Bytes,
+}
+
+impl Frame {
+    /// Where the frame after it stands.
+    pub fn next_offset(&self) -> u64 {
+        self.offset + frame_bytes(self.payload.len() as u64)
+    }
+}
+
+/// Reads frames; cheap to clone, works beside the writer.
+#[derive(Debug, Clone)]
+pub struct DatafileReader {
+    shared: Arc<Shared>,
+}
+
+impl DatafileReader {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    /// Read the frame at an offset.
+    pub fn read(&self, offset: u64) -> Result<Frame, DatafileError> {
+        let mut raw = [0; FRAME_HEADER_BYTES as usize];
+        self.read_exact(offset, &mut raw)?;
+        let header = FrameHeader::decode(&raw, self.shared.header.salt, offset)
+            .ok_or_else(|| self.shared.damaged(offset, FRAME_HEADER_BYTES))?;
+        self.read_sized(offset, header.payload_bytes)
+    }
+
+    /// Read the frame at an offset whose payload size is known: one read for header and payload.
+    pub fn read_sized(&self, offset: u64, payload_bytes: u32) -> Result<Frame, DatafileError> {
+        let whole = FRAME_HEADER_BYTES as usize + payload_bytes as usize;
+        let mut buffer = vec![0; whole];
+        self.read_exact(offset, &mut buffer)?;
+        let damaged = || self.shared.damaged(offset, whole as u64);
+        let (raw, payload) = buffer.split_at(FRAME_HEADER_BYTES as usize);
+        let header =
+            FrameHeader::decode(raw, self.shared.header.salt, offset).ok_or_else(damaged)?;
+        if !header.verify_payload(payload) {
+            return Err(damaged());
+        }
+        Ok(Frame {
+            offset,
+            kind: header.kind,
+            payload: Bytes::from(buffer).slice(FRAME_HEADER_BYTES as usize..),
+        })
+    }
+
+    fn read_exact(&self, offset: u64, buffer: &mut [u8]) -> Result<(), DatafileError> {
+        let end = offset.checked_add(buffer.len() as u64);
+        if offset < FILE_HEADER_BYTES
+            || end.is_none_or(|end| end > self.shared.written.load(Ordering::Acquire))
+        {
+            return Err(DatafileError::NoFrame {
+                path: self.shared.path.clone(),
+                offset,
+            });
+        }
+        match self.shared.file.read_exact_at(buffer, offset) {
+            Ok(()) => Ok(()),
+            // Shorter than it was: someone cut it, which is damage and not an I/O error.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Err(self.shared.damaged(offset, buffer.len() as u64))
+            }
+            Err(error) => Err(self.shared.io("read", error)),
+        }
+    }
+
+    /// The frames from an offset (0 means from the first) on, up to what is written now.
+    pub fn frames(&self, from: u64) -> Frames {
+        let end = self.shared.written.load(Ordering::Acquire);
+        Frames {
+            window: Window::new(end),
+            shared: Arc::clone(&self.shared),
+            next: from.max(FILE_HEADER_BYTES),
+        }
+    }
+
+    /// Bytes in use.
+    pub fn len(&self) -> u64 {
+        self.shared.written.load(Ordering::Acquire)
+    }
+
+    /// Does it hold no frame?
+    pub fn is_empty(&self) -> bool {
+        self.len() == FILE_HEADER_BYTES
+    }
+
+    /// Purpose and id.
+    pub fn header(&self) -> DatafileHeader {
+        self.shared.header.header
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.shared.path
+    }
+}
+
+/// Frames in order. Damage is one `Err`, after which the frames behind it follow.
+#[derive(Debug)]
+pub struct Frames {
+    shared: Arc<Shared>,
+    window: Window,
+    next: u64,
+}
+
+impl Iterator for Frames {
+    type Item = Result<Frame, DatafileError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            let offset = self.next;
+            match self.window.step(&self.shared, offset) {
+                Ok(Step::End) => return None,
+                Ok(Step::Frame { header, end, .. }) => {
+                    self.next = end;
+                    if matches!(header.kind, KIND_VOID | KIND_MARK) {
+                        continue;
+                    }
+                    return Some(Ok(Frame {
+                        offset,
+                        kind: header.kind,
+                        payload: Bytes::copy_from_slice(self.window.payload(&header, offset)),
+                    }));
+                }
+                Ok(Step::Bad { end, .. }) => {
+                    self.next = end;
+                    return Some(Err(self.shared.damaged(offset, end - offset)));
+                }
+                Err(error) => {
+                    self.next = u64::MAX;
+                    return Some(Err(error));
+                }
+            }
+        }
+    }
+}
+
+/// Syncs the file without holding its writer.
+#[derive(Debug, Clone)]
+pub struct SyncHandle {
+    shared: Arc<Shared>,
+}
+
+impl SyncHandle {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    /// Make everything appended before this call durable; returns the offset up to which it now is.
+    pub fn sync(&self) -> Result<u64, DatafileError> {
+        self.shared.check_running()?;
+        let written = self.shared.written.load(Ordering::Acquire);
+        if self.shared.durable.load(Ordering::Acquire) >= written {
+            return Ok(written);
+        }
+        if let Err(source) = self.shared.file.sync_data() {
+            // After a failed fsync the kernel may have dropped the dirty pages: a second try that "succeeds" would lie.
+            self.shared.stop();
+            return Err(self.shared.io("sync", source));
+        }
+        // A sync that overtook this one may have stored more already.
+        self.shared.durable.fetch_max(written, Ordering::AcqRel);
+        Ok(written)
+    }
+}
