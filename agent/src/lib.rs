@@ -16,9 +16,12 @@
 //! - [`jobs`]: which rebuilds and deletions run now (`step`)
 
 mod error;
+#[cfg(test)]
+mod fixture;
 pub mod jobs;
 mod join;
 pub mod options;
+pub mod scrub;
 mod serve;
 
 pub use error::AgentError;

@@ -1,33 +1,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 use super::*;
+use crate::fixture::record;
 use proptest::prelude::*;
-use qsfs_zstor::id::{Epoch, ShardHash, Stream};
-use qsfs_zstor::policy::Geometry;
-use qsfs_zstor::record::{Shard, ShardState};
-
-fn record(datafile: u64, data: u32) -> EncodingRecord {
-    EncodingRecord {
-        volume: VolumeId::from_bytes([1; 16]),
-        datafile: DatafileId(datafile),
-        stream: Stream::Data,
-        epoch: Epoch(1),
-        salt: Salt::from_bytes([2; 16]),
-        geometry: Geometry::new(data, 2).unwrap(),
-        chunk_bytes: 1 << 20,
-        plain_bytes: 64 << 20,
-        object_bytes: 64 << 20,
-        shard_bytes: 16 << 20,
-        piece_bytes: 1 << 20,
-        shards: (0..u64::from(data) + 2)
-            .map(|index| Shard {
-                backend: BackendId(index),
-                hash: ShardHash::from_bytes([0; 32]),
-                state: ShardState::Stored,
-            })
-            .collect(),
-        version: 0,
-    }
-}
 
 fn rebuild(datafile: u64, shard: u32, to: u64, data: u32) -> Job {
     Job::Rebuild(RebuildJob {
