@@ -17,4 +17,5 @@
 
 pub mod client;
 pub mod datafile;
+mod hex;
 pub mod media;

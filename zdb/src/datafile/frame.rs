@@ -11,12 +11,15 @@ pub(super) const VERSION: u32 = 1;
 
 /// Bytes of a frame before its payload.
 pub const FRAME_HEADER_BYTES: u64 = 32;
-const FRAME_HEADER: usize = 32;
+/// [`FRAME_HEADER_BYTES`] as an index.
+pub(super) const FRAME_HEADER: usize = 32;
 /// The largest payload of a frame: 64 MiB.
 pub const FRAME_PAYLOAD_MAX: u64 = 64 << 20;
 const FRAME_MAGIC: [u8; 4] = *b"QFRM";
 /// Frames begin at multiples of this.
 pub(super) const ALIGNMENT: u64 = 8;
+/// [`ALIGNMENT`] as an index.
+pub(super) const ALIGNMENT_STEP: usize = 8;
 
 /// A frame over bytes that were torn and never acknowledged; users never see it.
 pub const KIND_VOID: u8 = 0;

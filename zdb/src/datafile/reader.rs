@@ -1,8 +1,8 @@
 //! What readers and syncers of a datafile share with its writer.
 
 use super::frame::{
-    FILE_HEADER_BYTES, FRAME_HEADER_BYTES, FileHeader, FileHeaderRead, FrameHeader, VERSION,
-    frame_bytes,
+    FILE_HEADER_BYTES, FRAME_HEADER, FRAME_HEADER_BYTES, FileHeader, FileHeaderRead, FrameHeader,
+    VERSION, frame_bytes,
 };
 use super::scan::{Step, Window};
 use super::{DatafileError, DatafileHeader, KIND_MARK, KIND_VOID};
@@ -148,7 +148,7 @@ impl DatafileReader {
 
     /// Read the frame at an offset.
     pub fn read(&self, offset: u64) -> Result<Frame, DatafileError> {
-        let mut raw = [0; FRAME_HEADER_BYTES as usize];
+        let mut raw = [0; FRAME_HEADER];
         self.read_exact(offset, &mut raw)?;
         let header = FrameHeader::decode(&raw, self.shared.header.salt, offset)
             .ok_or_else(|| self.shared.damaged(offset, FRAME_HEADER_BYTES))?;
@@ -157,11 +157,11 @@ impl DatafileReader {
 
     /// Read the frame at an offset whose payload size is known: one read for header and payload.
     pub fn read_sized(&self, offset: u64, payload_bytes: u32) -> Result<Frame, DatafileError> {
-        let whole = FRAME_HEADER_BYTES as usize + payload_bytes as usize;
+        let whole = FRAME_HEADER + payload_bytes as usize;
         let mut buffer = vec![0; whole];
         self.read_exact(offset, &mut buffer)?;
         let damaged = || self.shared.damaged(offset, whole as u64);
-        let (raw, payload) = buffer.split_at(FRAME_HEADER_BYTES as usize);
+        let (raw, payload) = buffer.split_at(FRAME_HEADER);
         let header =
             FrameHeader::decode(raw, self.shared.header.salt, offset).ok_or_else(damaged)?;
         if !header.verify_payload(payload) {
@@ -170,7 +170,7 @@ impl DatafileReader {
         Ok(Frame {
             offset,
             kind: header.kind,
-            payload: Bytes::from(buffer).slice(FRAME_HEADER_BYTES as usize..),
+            payload: Bytes::from(buffer).slice(FRAME_HEADER..),
         })
     }
 

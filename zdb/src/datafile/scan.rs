@@ -2,7 +2,10 @@
 //!
 //! Source: the rule of the module [`super`]: a frame proves that everything before its durable offset had reached the disk.
 
-use super::frame::{ALIGNMENT, FILE_HEADER_BYTES, FRAME_HEADER_BYTES, FrameHeader, has_magic};
+use super::frame::{
+    ALIGNMENT, ALIGNMENT_STEP, FILE_HEADER_BYTES, FRAME_HEADER, FRAME_HEADER_BYTES, FrameHeader,
+    has_magic,
+};
 use super::reader::Shared;
 use super::{DatafileError, FrameParts, KIND_MARK, KIND_VOID};
 use bytes::Bytes;
@@ -166,13 +169,13 @@ impl Window {
             return Ok(Step::End);
         }
         let salt = shared.header.salt;
-        let raw = self.view(shared, offset, FRAME_HEADER_BYTES as usize)?;
+        let raw = self.view(shared, offset, FRAME_HEADER)?;
         if let Some(header) = FrameHeader::decode(raw, salt, offset) {
             let end = offset + header.frame_bytes();
             if end <= self.end_of_file {
                 let whole = usize::try_from(end - offset).unwrap_or(0);
                 let frame = self.view(shared, offset, whole)?;
-                let from = FRAME_HEADER_BYTES as usize;
+                let from = FRAME_HEADER;
                 let payload = &frame[from..from + header.payload_bytes as usize];
                 if header.verify_payload(payload) {
                     return Ok(Step::Frame { header, end });
@@ -214,14 +217,14 @@ impl Window {
         while offset + FRAME_HEADER_BYTES <= self.end_of_file {
             let bytes = self.view(shared, offset, WINDOW_BYTES)?;
             let mut at = 0;
-            while at + FRAME_HEADER_BYTES as usize <= bytes.len() {
+            while at + FRAME_HEADER <= bytes.len() {
                 let here = offset + at as u64;
                 if has_magic(&bytes[at..])
                     && FrameHeader::decode(&bytes[at..], salt, here).is_some()
                 {
                     return Ok(here);
                 }
-                at += ALIGNMENT as usize;
+                at += ALIGNMENT_STEP;
             }
             offset += at as u64;
         }
