@@ -1,0 +1,15 @@
+# format, lints, docs
+check:
+    cargo fmt --all --check && cargo clippy --workspace --all-targets -- -D warnings && RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
+
+# all tests
+test:
+    cargo test --workspace
+
+# what the machine can do and what QSFS does, in one run; rewrites docs/benchmarks.md
+bench *ARGS:
+    cargo bench -p qsfs --bench whole -- {{ARGS}} --write "{{justfile_directory()}}/docs/benchmarks.md"
+
+# a cluster, a volume and a mount at ./mnt; Ctrl-C ends it
+demo:
+    mkdir -p mnt && cargo run --release -- dev ./mnt
