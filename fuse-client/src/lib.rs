@@ -1,4 +1,7 @@
 //! The filesystem: FUSE adapter, namespace, local store, push and fetch.
 
+pub mod cache;
 pub mod namespace;
 pub mod ports;
+pub mod push;
+pub mod store;

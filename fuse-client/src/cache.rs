@@ -1,0 +1,3 @@
+//! The cache of committed datafiles on the local disk.
+
+pub mod eviction;

@@ -1,0 +1,3 @@
+//! Push: sealed datafiles to shards to commit.
+
+pub mod lifecycle;
