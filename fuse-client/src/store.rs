@@ -114,7 +114,9 @@ pub struct LocalStore {
 
 impl std::fmt::Debug for LocalStore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("LocalStore").field("dir", &self.dir.root()).finish_non_exhaustive()
+        f.debug_struct("LocalStore")
+            .field("dir", &self.dir.root())
+            .finish_non_exhaustive()
     }
 }
 
@@ -238,12 +240,22 @@ impl LocalStore {
 
     /// Bytes of all local datafiles.
     pub fn local_bytes(&self) -> u64 {
-        self.catalog.bytes() + self.open_data.read().values().map(|file| file.bytes()).sum::<u64>()
+        self.catalog.bytes()
+            + self
+                .open_data
+                .read()
+                .values()
+                .map(|file| file.bytes())
+                .sum::<u64>()
     }
 
     /// Bytes of data datafiles that are open or closing.
     pub fn open_bytes(&self) -> u64 {
-        self.open_data.read().values().map(|file| file.bytes()).sum()
+        self.open_data
+            .read()
+            .values()
+            .map(|file| file.bytes())
+            .sum()
     }
 
     /// Highest id given out so far.
@@ -262,13 +274,25 @@ impl LocalStore {
 
     /// Reads and verifies bytes of a local data datafile; `Ok(false)` when it is not local. Meta files are read with
     /// [`Self::read_meta`].
-    pub fn read_data(&self, id: DatafileId, offset: u64, buf: &mut [u8]) -> Result<bool, StoreError> {
+    pub fn read_data(
+        &self,
+        id: DatafileId,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<bool, StoreError> {
         if let Some(open) = self.open_data.read().get(&id).cloned() {
-            return open.read(offset, buf).map(|()| true).map_err(|error| read_error(error, UNCOMMITTED));
+            return open
+                .read(offset, buf)
+                .map(|()| true)
+                .map_err(|error| read_error(error, UNCOMMITTED));
         }
         // A rename between look-up and open is possible once (sealed to pushed), hence the second try.
         for _ in 0..2 {
-            let Some(file) = self.catalog.get(id).filter(|file| file.name.stream == Stream::Data) else {
+            let Some(file) = self
+                .catalog
+                .get(id)
+                .filter(|file| file.name.stream == Stream::Data)
+            else {
                 return Ok(false);
             };
             self.catalog.touch(&file);
@@ -278,10 +302,13 @@ impl LocalStore {
                 .and_then(|handle| handle.read(offset, buf));
             match read {
                 Ok(()) => return Ok(true),
-                Err(LocalReadError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+                Err(LocalReadError::Io { source, .. })
+                    if source.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) if self.committed(id) => {
                     tracing::error!(datafile = %id, %error, "local copy is damaged: dropped, the shards replace it");
-                    self.counters.damaged_dropped.fetch_add(1, Ordering::Relaxed);
+                    self.counters
+                        .damaged_dropped
+                        .fetch_add(1, Ordering::Relaxed);
                     self.drop_local(id);
                     return Ok(false);
                 }
@@ -292,11 +319,18 @@ impl LocalStore {
     }
 
     fn committed(&self, id: DatafileId) -> bool {
-        self.catalog.get(id).is_none_or(|file| file.name.stage == Stage::Pushed)
+        self.catalog
+            .get(id)
+            .is_none_or(|file| file.name.stage == Stage::Pushed)
     }
 
     /// Reads raw bytes of a sealed meta datafile (its frames carry their own checksums).
-    pub fn read_meta(&self, file: &LocalFile, offset: u64, buf: &mut [u8]) -> Result<(), StoreError> {
+    pub fn read_meta(
+        &self,
+        file: &LocalFile,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<(), StoreError> {
         let path = self.path_of(file);
         let open = self.media.open(&path, qsfs_zdb::media::OpenMode::Read);
         let read = open.and_then(|open| open.read_exact_at(buf, offset));
@@ -306,19 +340,34 @@ impl LocalStore {
     /// Notes that datafiles are committed: `.sealed` becomes `.pushed`, durably.
     pub fn mark_pushed(&self, ids: &[DatafileId]) -> Result<(), StoreError> {
         for id in ids {
-            let Some(file) = self.catalog.get(*id).filter(|file| file.name.stage == Stage::Sealed) else { continue };
+            let Some(file) = self
+                .catalog
+                .get(*id)
+                .filter(|file| file.name.stage == Stage::Sealed)
+            else {
+                continue;
+            };
             let from = self.path_of(&file);
-            let to = self.dir.datafile(DatafileName { stage: Stage::Pushed, ..file.name });
-            self.media.rename(&from, &to).map_err(|source| io_error("rename", &from, source))?;
+            let to = self.dir.datafile(DatafileName {
+                stage: Stage::Pushed,
+                ..file.name
+            });
+            self.media
+                .rename(&from, &to)
+                .map_err(|source| io_error("rename", &from, source))?;
             self.catalog.set_pushed(*id);
         }
         let dir = self.dir.datafiles();
-        self.media.sync_dir(&dir).map_err(|source| io_error("sync directory", &dir, source))
+        self.media
+            .sync_dir(&dir)
+            .map_err(|source| io_error("sync directory", &dir, source))
     }
 
     /// Drops the local copy of a datafile; the caller knows that it is committed or dead.
     pub fn drop_local(&self, id: DatafileId) {
-        let Some(file) = self.catalog.remove(id) else { return };
+        let Some(file) = self.catalog.remove(id) else {
+            return;
+        };
         self.handles.forget(id);
         let mut paths = vec![self.path_of(&file)];
         if file.name.stream == Stream::Data {
@@ -334,7 +383,9 @@ impl LocalStore {
 
     /// Moves everything that is not committed to `aside/` and lists it. For a writer that was outrun.
     pub fn set_aside(&self, label: &str) -> Result<Vec<PathBuf>, StoreError> {
-        open::set_aside(&self.media, &self.dir, label, |name| name.stage != Stage::Pushed)
+        open::set_aside(&self.media, &self.dir, label, |name| {
+            name.stage != Stage::Pushed
+        })
     }
 
     fn check_writable(&self) -> Result<(), StoreError> {
@@ -360,7 +411,8 @@ impl LocalStore {
 
     /// Stops the store for good.
     fn fail(&self, error: &StoreError) {
-        let why = format!("{error}; what the disk holds is unknown until the volume is mounted again");
+        let why =
+            format!("{error}; what the disk holds is unknown until the volume is mounted again");
         if self.failed.set(why.clone()).is_ok() {
             tracing::error!(%error, "the local store stops");
             let _ = self.events.send(StoreEvent::Failed(why));
@@ -371,7 +423,6 @@ impl LocalStore {
     pub fn stop(&self) {
         self.keeper.stop();
     }
-
 }
 
 impl Drop for LocalStore {
@@ -385,9 +436,11 @@ const UNCOMMITTED: &str = "it is not committed yet, so no shard can replace it; 
 
 fn read_error(error: LocalReadError, advice: &str) -> StoreError {
     match error {
-        LocalReadError::Damaged { path, offset, what } => {
-            StoreError::Damaged { path: path.display().to_string(), offset, advice: format!("{what}; {advice}") }
-        }
+        LocalReadError::Damaged { path, offset, what } => StoreError::Damaged {
+            path: path.display().to_string(),
+            offset,
+            advice: format!("{what}; {advice}"),
+        },
         LocalReadError::Io { path, source } => io_error("read", &path, source),
     }
 }
@@ -397,7 +450,11 @@ fn io_error(step: &'static str, path: &Path, source: std::io::Error) -> StoreErr
     if is_disk_full(&source) {
         return StoreError::NoSpace(format!("{step} {}: the local disk is full", path.display()));
     }
-    StoreError::Io { step, path: path.display().to_string(), source }
+    StoreError::Io {
+        step,
+        path: path.display().to_string(),
+        source,
+    }
 }
 
 fn datafile_error(step: &'static str, path: &Path, error: DatafileError) -> StoreError {
@@ -408,6 +465,8 @@ fn datafile_error(step: &'static str, path: &Path, error: DatafileError) -> Stor
 }
 
 fn now_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let since = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

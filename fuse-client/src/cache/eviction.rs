@@ -80,7 +80,11 @@ impl Eviction {
                 actions.push(Action::Drop(dropped));
             }
         }
-        let kept: u64 = files.iter().filter(|file| !file.evictable).map(|file| file.bytes).sum();
+        let kept: u64 = files
+            .iter()
+            .filter(|file| !file.evictable)
+            .map(|file| file.bytes)
+            .sum();
         actions.push(if kept >= self.limit_bytes {
             Action::HoldWriters { bytes: kept }
         } else {

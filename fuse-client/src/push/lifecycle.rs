@@ -133,7 +133,12 @@ pub struct Lifecycle {
 impl Lifecycle {
     /// An empty queue behind the committed `head`.
     pub const fn new(head: Head, transfers_max: usize) -> Self {
-        Self { entries: BTreeMap::new(), head, transfers_max, fenced: false }
+        Self {
+            entries: BTreeMap::new(),
+            head,
+            transfers_max,
+            fenced: false,
+        }
     }
 
     /// The head as last committed by this writer.
@@ -157,24 +162,38 @@ impl Lifecycle {
         match event {
             Event::Sealed(file) => {
                 let phase = Phase::Sealed { not_before_ms: 0 };
-                self.entries.entry(file.id).or_insert(Entry { file, phase, failures: 0 });
+                self.entries.entry(file.id).or_insert(Entry {
+                    file,
+                    phase,
+                    failures: 0,
+                });
             }
             Event::Encoded(id) => self.set(&[id], Phase::Storing),
             Event::Stored(id) => self.set(&[id], Phase::Stored { not_before_ms: 0 }),
-            Event::TransferFailed(id) => self.failed(now_ms, &[id], |not_before_ms| Phase::Sealed { not_before_ms }),
+            Event::TransferFailed(id) => self.failed(now_ms, &[id], |not_before_ms| {
+                Phase::Sealed { not_before_ms }
+            }),
             Event::Committed(batch) => self.committed(&batch, &mut actions),
             Event::CommitFailed(batch) => {
-                self.failed(now_ms, &batch, |not_before_ms| Phase::Stored { not_before_ms });
+                self.failed(now_ms, &batch, |not_before_ms| Phase::Stored {
+                    not_before_ms,
+                });
             }
             Event::CommitRefused(batch) => {
-                self.failed(now_ms, &batch, |not_before_ms| Phase::Sealed { not_before_ms });
+                self.failed(now_ms, &batch, |not_before_ms| Phase::Sealed {
+                    not_before_ms,
+                });
             }
             Event::CommitUnknown(batch) | Event::AskFailed(batch) => {
-                let asking = |not_before_ms| Phase::Asking { not_before_ms, asked: false };
+                let asking = |not_before_ms| Phase::Asking {
+                    not_before_ms,
+                    asked: false,
+                };
                 self.failed(now_ms, &batch, asking);
             }
             Event::Answered { batch, present } => {
-                let (there, absent): (Vec<_>, Vec<_>) = batch.into_iter().partition(|id| present.contains(id));
+                let (there, absent): (Vec<_>, Vec<_>) =
+                    batch.into_iter().partition(|id| present.contains(id));
                 self.set(&absent, Phase::Stored { not_before_ms: 0 });
                 self.committed(&there, &mut actions);
             }
@@ -212,7 +231,10 @@ impl Lifecycle {
             match &mut entry.phase {
                 Phase::Sealed { not_before_ms }
                 | Phase::Stored { not_before_ms }
-                | Phase::Asking { not_before_ms, asked: false } => *not_before_ms = 0,
+                | Phase::Asking {
+                    not_before_ms,
+                    asked: false,
+                } => *not_before_ms = 0,
                 Phase::Encoding | Phase::Storing | Phase::Committing | Phase::Asking { .. } => {}
             }
         }
@@ -223,7 +245,9 @@ impl Lifecycle {
         let mut dead = Vec::new();
         let mut done = Vec::new();
         for id in batch {
-            let Some(entry) = self.entries.remove(id) else { continue };
+            let Some(entry) = self.entries.remove(id) else {
+                continue;
+            };
             done.push(*id);
             if entry.file.stream == Stream::Meta {
                 self.head = self.head_after(&entry.file);
@@ -234,7 +258,10 @@ impl Lifecycle {
             actions.push(Action::Committed(done));
         }
         if !dead.is_empty() || self.head.recover_from != before.recover_from {
-            actions.push(Action::Release { dead, meta_before: self.head.recover_from });
+            actions.push(Action::Release {
+                dead,
+                meta_before: self.head.recover_from,
+            });
         }
     }
 
@@ -242,13 +269,19 @@ impl Lifecycle {
         let first = meta.checkpoint || self.head.recover_from == DatafileId(0);
         Head {
             datafile: self.head.datafile.max(meta.id),
-            recover_from: if first { meta.id } else { self.head.recover_from },
+            recover_from: if first {
+                meta.id
+            } else {
+                self.head.recover_from
+            },
         }
     }
 
     fn start_transfers(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
         let running = |entry: &&Entry| matches!(entry.phase, Phase::Encoding | Phase::Storing);
-        let free = self.transfers_max.saturating_sub(self.entries.values().filter(running).count());
+        let free = self
+            .transfers_max
+            .saturating_sub(self.entries.values().filter(running).count());
         let due = |entry: &&mut Entry| matches!(entry.phase, Phase::Sealed { not_before_ms } if not_before_ms <= now_ms);
         for entry in self.entries.values_mut().filter(due).take(free) {
             entry.phase = Phase::Encoding;
@@ -257,18 +290,29 @@ impl Lifecycle {
     }
 
     fn ask_or_commit(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
-        let busy = |entry: &Entry| matches!(entry.phase, Phase::Committing | Phase::Asking { asked: true, .. });
+        let busy = |entry: &Entry| {
+            matches!(
+                entry.phase,
+                Phase::Committing | Phase::Asking { asked: true, .. }
+            )
+        };
         if self.entries.values().any(busy) {
             return;
         }
-        let unknown: Vec<&mut Entry> =
-            self.entries.values_mut().filter(|entry| matches!(entry.phase, Phase::Asking { .. })).collect();
+        let unknown: Vec<&mut Entry> = self
+            .entries
+            .values_mut()
+            .filter(|entry| matches!(entry.phase, Phase::Asking { .. }))
+            .collect();
         if !unknown.is_empty() {
             let due = |entry: &&mut Entry| matches!(entry.phase, Phase::Asking { not_before_ms, .. } if not_before_ms <= now_ms);
             if unknown.iter().all(due) {
                 let mut batch = Vec::new();
                 for entry in unknown {
-                    entry.phase = Phase::Asking { not_before_ms: 0, asked: true };
+                    entry.phase = Phase::Asking {
+                        not_before_ms: 0,
+                        asked: true,
+                    };
                     batch.push(entry.file.id);
                 }
                 actions.push(Action::Ask(batch));
@@ -292,17 +336,29 @@ impl Lifecycle {
             .collect();
         if !data.is_empty() {
             self.set(&data, Phase::Committing);
-            return Some(Action::Commit { batch: data, head: None });
+            return Some(Action::Commit {
+                batch: data,
+                head: None,
+            });
         }
-        let meta = self.entries.values().find(|entry| entry.file.stream == Stream::Meta)?;
+        let meta = self
+            .entries
+            .values()
+            .find(|entry| entry.file.stream == Stream::Meta)?;
         let named = |entry: &Entry| entry.file.stream == Stream::Data;
-        let waits = self.entries.range(..=meta.file.barrier).any(|(_, entry)| named(entry));
+        let waits = self
+            .entries
+            .range(..=meta.file.barrier)
+            .any(|(_, entry)| named(entry));
         if waits || !ready(meta) {
             return None;
         }
         let (id, head) = (meta.file.id, self.head_after(&meta.file));
         self.set(&[id], Phase::Committing);
-        Some(Action::Commit { batch: vec![id], head: Some(head) })
+        Some(Action::Commit {
+            batch: vec![id],
+            head: Some(head),
+        })
     }
 
     fn next_wake(&self, now_ms: u64) -> Option<u64> {
@@ -311,7 +367,10 @@ impl Lifecycle {
             .filter_map(|entry| match entry.phase {
                 Phase::Sealed { not_before_ms }
                 | Phase::Stored { not_before_ms }
-                | Phase::Asking { not_before_ms, asked: false } => Some(not_before_ms),
+                | Phase::Asking {
+                    not_before_ms,
+                    asked: false,
+                } => Some(not_before_ms),
                 Phase::Encoding | Phase::Storing | Phase::Committing | Phase::Asking { .. } => None,
             })
             .filter(|at| *at > now_ms)
@@ -321,7 +380,9 @@ impl Lifecycle {
 
 /// Wait after the given number of earlier failures.
 fn backoff_ms(failures: u32) -> u64 {
-    BACKOFF_FIRST_MS.saturating_mul(1 << failures.min(10)).min(BACKOFF_MAX_MS)
+    BACKOFF_FIRST_MS
+        .saturating_mul(1 << failures.min(10))
+        .min(BACKOFF_MAX_MS)
 }
 
 #[cfg(test)]

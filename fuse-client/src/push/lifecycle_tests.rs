@@ -14,7 +14,12 @@ fn data(id: u64) -> Sealed {
 }
 
 fn meta(id: u64, barrier: u64, checkpoint: bool) -> Sealed {
-    Sealed { stream: Stream::Meta, checkpoint, barrier: DatafileId(barrier), ..data(id) }
+    Sealed {
+        stream: Stream::Meta,
+        checkpoint,
+        barrier: DatafileId(barrier),
+        ..data(id)
+    }
 }
 
 /// What metad would hold.
@@ -33,7 +38,10 @@ impl World {
             if file.stream == Stream::Meta {
                 for (other, named) in &self.files {
                     if named.stream == Stream::Data && *other <= file.barrier {
-                        assert!(self.committed.contains(other), "meta {id} before data {other}");
+                        assert!(
+                            self.committed.contains(other),
+                            "meta {id} before data {other}"
+                        );
                     }
                 }
                 let head = head.expect("a meta commit moves the head");
@@ -61,7 +69,10 @@ fn drive(files: Vec<Sealed>, faults: &[u8]) {
             let fault = faults.next().unwrap_or(255);
             match action {
                 Action::Transfer(id) => {
-                    assert!(world.transferring.insert(id), "{id} is being transferred already");
+                    assert!(
+                        world.transferring.insert(id),
+                        "{id} is being transferred already"
+                    );
                     assert!(world.transferring.len() <= 2, "bounded");
                     world.transferring.remove(&id);
                     if fault < 80 {
@@ -86,7 +97,11 @@ fn drive(files: Vec<Sealed>, faults: &[u8]) {
                 },
                 Action::Ask(batch) if fault < 60 => events.push(Event::AskFailed(batch)),
                 Action::Ask(batch) => {
-                    let present = batch.iter().copied().filter(|id| world.committed.contains(id)).collect();
+                    let present = batch
+                        .iter()
+                        .copied()
+                        .filter(|id| world.committed.contains(id))
+                        .collect();
                     events.push(Event::Answered { batch, present });
                 }
                 Action::Committed(ids) => {
@@ -94,7 +109,9 @@ fn drive(files: Vec<Sealed>, faults: &[u8]) {
                         assert!(world.committed.contains(&id) && marked.insert(id));
                     }
                 }
-                Action::Release { meta_before, .. } => assert_eq!(meta_before, world.head.recover_from),
+                Action::Release { meta_before, .. } => {
+                    assert_eq!(meta_before, world.head.recover_from)
+                }
                 Action::WakeAt(at) => {
                     if events.is_empty() {
                         now = at;
@@ -140,13 +157,28 @@ fn a_lost_answer_is_asked_for_and_never_committed_blindly_again() {
     let one = vec![DatafileId(1)];
     assert_eq!(
         core.step(0, Event::Stored(DatafileId(1))),
-        [Action::Commit { batch: one.clone(), head: None }]
+        [Action::Commit {
+            batch: one.clone(),
+            head: None
+        }]
     );
-    assert_eq!(core.step(0, Event::CommitUnknown(one.clone())), [Action::WakeAt(BACKOFF_FIRST_MS)]);
-    assert_eq!(core.step(BACKOFF_FIRST_MS, Event::Tick), [Action::Ask(one.clone())]);
+    assert_eq!(
+        core.step(0, Event::CommitUnknown(one.clone())),
+        [Action::WakeAt(BACKOFF_FIRST_MS)]
+    );
+    assert_eq!(
+        core.step(BACKOFF_FIRST_MS, Event::Tick),
+        [Action::Ask(one.clone())]
+    );
     let present = one.iter().copied().collect();
     assert_eq!(
-        core.step(BACKOFF_FIRST_MS, Event::Answered { batch: one.clone(), present }),
+        core.step(
+            BACKOFF_FIRST_MS,
+            Event::Answered {
+                batch: one.clone(),
+                present
+            }
+        ),
         [Action::Committed(one)]
     );
 }

@@ -28,7 +28,10 @@ pub const KIND_CHECKPOINT_END: u8 = 4;
 
 /// Header of the meta datafile with this id.
 pub const fn meta_header(id: DatafileId) -> DatafileHeader {
-    DatafileHeader { purpose: META_PURPOSE, id: id.0 }
+    DatafileHeader {
+        purpose: META_PURPOSE,
+        id: id.0,
+    }
 }
 
 /// A data datafile that is appended to, or closing.
@@ -74,15 +77,20 @@ impl OpenData {
         // The sums and the length must belong together: the last page may grow while it is read.
         let snapshot = {
             let sums = self.sums.lock();
-            let first = usize::try_from(offset / super::pages::PAGE_BYTES as u64).unwrap_or(usize::MAX);
+            let first =
+                usize::try_from(offset / super::pages::PAGE_BYTES as u64).unwrap_or(usize::MAX);
             let last = buf.len().div_ceil(super::pages::PAGE_BYTES) + 1;
-            let taken: Vec<u32> = (first..=first.saturating_add(last)).map_while(|page| sums.page(page)).collect();
+            let taken: Vec<u32> = (first..=first.saturating_add(last))
+                .map_while(|page| sums.page(page))
+                .collect();
             (sums.bytes(), first, taken)
         };
         let (bytes, first, taken) = snapshot;
         let sums = |pages: std::ops::Range<usize>| {
             let from = pages.start.checked_sub(first)?;
-            taken.get(from..taken.len().min(pages.end.saturating_sub(first))).map(<[u32]>::to_vec)
+            taken
+                .get(from..taken.len().min(pages.end.saturating_sub(first)))
+                .map(<[u32]>::to_vec)
         };
         read_verified(&self.path, self.file.as_ref(), bytes, &sums, offset, buf)
     }
@@ -113,11 +121,17 @@ pub(super) struct Active {
 impl Active {
     pub(super) fn journal_at_risk(&self) -> Option<(u64, u64)> {
         let journal = self.journal.lock();
-        journal.as_ref().filter(|journal| !journal.file.is_empty()).map(|journal| (journal.file.len(), journal.first_byte_ms))
+        journal
+            .as_ref()
+            .filter(|journal| !journal.file.is_empty())
+            .map(|journal| (journal.file.len(), journal.first_byte_ms))
     }
 
     pub(super) fn journal_sync_handle(&self) -> Option<SyncHandle> {
-        self.journal.lock().as_ref().map(|journal| journal.file.sync_handle())
+        self.journal
+            .lock()
+            .as_ref()
+            .map(|journal| journal.file.sync_handle())
     }
 
     /// When the older of the two ends got its first byte.
@@ -163,26 +177,47 @@ impl LocalStore {
         if active.is_none() {
             *active = Some(self.new_data()?);
         }
-        let Some(current) = active.as_ref() else { unreachable!("made above") };
+        let Some(current) = active.as_ref() else {
+            unreachable!("made above")
+        };
         let open = Arc::clone(&current.open);
         let offset = open.bytes();
-        let room = usize::try_from(limit.saturating_sub(offset)).unwrap_or(usize::MAX).max(1);
+        let room = usize::try_from(limit.saturating_sub(offset))
+            .unwrap_or(usize::MAX)
+            .max(1);
         let taken = data.len().min(room).min(u32::MAX as usize);
         let now = &data[..taken];
-        open.file.write_all_at(now, offset).map_err(|source| io_error("append to", &open.path, source))?;
+        open.file
+            .write_all_at(now, offset)
+            .map_err(|source| io_error("append to", &open.path, source))?;
         open.sums.lock().append(now);
         if offset + taken as u64 >= limit {
             *active = None;
             self.keeper.close(Close::Data(Arc::clone(&open)));
         }
         let bytes = u32::try_from(taken).unwrap_or(u32::MAX);
-        Ok((DataExtent { datafile: open.id, offset, bytes, crc: crc32fast::hash(now) }, taken))
+        Ok((
+            DataExtent {
+                datafile: open.id,
+                offset,
+                bytes,
+                crc: crc32fast::hash(now),
+            },
+            taken,
+        ))
     }
 
     fn new_data(&self) -> Result<ActiveData, StoreError> {
         let id = self.allocate_id();
-        let path = self.dir.datafile(DatafileName { id, stream: Stream::Data, stage: Stage::Open });
-        let file = self.media.open(&path, OpenMode::CreateNew).map_err(|source| io_error("create", &path, source))?;
+        let path = self.dir.datafile(DatafileName {
+            id,
+            stream: Stream::Data,
+            stage: Stage::Open,
+        });
+        let file = self
+            .media
+            .open(&path, OpenMode::CreateNew)
+            .map_err(|source| io_error("create", &path, source))?;
         let open = Arc::new(OpenData {
             id,
             path,
@@ -194,7 +229,10 @@ impl LocalStore {
         });
         self.open_data.write().insert(id, Arc::clone(&open));
         self.keeper.wake();
-        Ok(ActiveData { open, since: Instant::now() })
+        Ok(ActiveData {
+            open,
+            since: Instant::now(),
+        })
     }
 
     /// See [`crate::ports::Store::append_journal`].
@@ -211,7 +249,9 @@ impl LocalStore {
             });
             self.keeper.wake();
         }
-        let Some(journal) = active.as_mut() else { unreachable!("made above") };
+        let Some(journal) = active.as_mut() else {
+            unreachable!("made above")
+        };
         let appended = journal.file.append(KIND_RECORD, &[record]);
         let full = journal.file.len() >= self.settings.read().journal_bytes;
         let path = journal.file.path().to_owned();
@@ -219,12 +259,18 @@ impl LocalStore {
         if full {
             self.keeper.seal_soon();
         }
-        appended.map(|_| ()).map_err(|error| datafile_error("append to", &path, error))
+        appended
+            .map(|_| ())
+            .map_err(|error| datafile_error("append to", &path, error))
     }
 
     /// Makes an empty meta datafile.
     pub fn create_meta(&self, id: DatafileId) -> Result<Datafile, StoreError> {
-        let path = self.dir.datafile(DatafileName { id, stream: Stream::Meta, stage: Stage::Open });
+        let path = self.dir.datafile(DatafileName {
+            id,
+            stream: Stream::Meta,
+            stage: Stage::Open,
+        });
         Datafile::create(&self.media, &path, meta_header(id))
             .map_err(|error| datafile_error("create", &path, error))
     }
@@ -238,12 +284,17 @@ impl LocalStore {
     /// As [`Self::rotate`]; the returned id comes before that of any later journal: a checkpoint that is taken after this
     /// call may take its place.
     pub fn rotate_for_checkpoint(&self) -> DatafileId {
-        self.rotate_journal(true).unwrap_or_else(|| self.allocate_id())
+        self.rotate_journal(true)
+            .unwrap_or_else(|| self.allocate_id())
     }
 
     fn rotate_journal(&self, reserve: bool) -> Option<DatafileId> {
         // Before the journal is taken: every operation that made a datafile dead is then in it.
-        let dead = self.dead_source.get().map(|source| source()).unwrap_or_default();
+        let dead = self
+            .dead_source
+            .get()
+            .map(|source| source())
+            .unwrap_or_default();
         let mut active = self.active.journal.lock();
         let journal = active.take();
         let reserved = reserve.then(|| self.allocate_id());
@@ -273,6 +324,13 @@ impl LocalStore {
     /// Hands over a complete checkpoint. `barrier`: from [`Self::rotate_data`] after the snapshot was taken.
     pub fn close_checkpoint(&self, id: DatafileId, file: Datafile, barrier: DatafileId) {
         let first_byte_ms = now_ms();
-        self.keeper.close(Close::Meta { id, file, first_byte_ms, barrier, checkpoint: true, dead: Vec::new() });
+        self.keeper.close(Close::Meta {
+            id,
+            file,
+            first_byte_ms,
+            barrier,
+            checkpoint: true,
+            dead: Vec::new(),
+        });
     }
 }

@@ -57,7 +57,10 @@ impl AtRisk {
     /// Takes one more file into account.
     pub fn add(&mut self, bytes: u64, first_byte_ms: u64) {
         self.bytes += bytes;
-        self.oldest_ms = Some(self.oldest_ms.map_or(first_byte_ms, |oldest| oldest.min(first_byte_ms)));
+        self.oldest_ms = Some(
+            self.oldest_ms
+                .map_or(first_byte_ms, |oldest| oldest.min(first_byte_ms)),
+        );
     }
 }
 
@@ -96,7 +99,10 @@ impl Catalog {
 
     /// Notes a use.
     pub fn touch(&self, file: &LocalFile) {
-        file.last_used.store(self.clock.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+        file.last_used.store(
+            self.clock.fetch_add(1, Ordering::Relaxed),
+            Ordering::Relaxed,
+        );
     }
 
     /// All, by id.
@@ -106,14 +112,20 @@ impl Catalog {
 
     /// Those of one stream at one stage, by id.
     pub fn at(&self, stream: Stream, stage: Stage) -> Vec<Arc<LocalFile>> {
-        let wanted = |file: &&Arc<LocalFile>| file.name.stream == stream && file.name.stage == stage;
+        let wanted =
+            |file: &&Arc<LocalFile>| file.name.stream == stream && file.name.stage == stage;
         self.files.read().values().filter(wanted).cloned().collect()
     }
 
     /// Bytes of sealed files that are not committed.
     pub fn at_risk(&self) -> AtRisk {
         let mut risk = AtRisk::default();
-        for file in self.files.read().values().filter(|file| file.name.stage == Stage::Sealed) {
+        for file in self
+            .files
+            .read()
+            .values()
+            .filter(|file| file.name.stage == Stage::Sealed)
+        {
             risk.add(file.bytes, file.first_byte_ms);
         }
         risk

@@ -55,10 +55,15 @@ impl Handle {
             let path = path.to_owned();
             move |source| LocalReadError::Io { path, source }
         };
-        let damaged = |path: &Path, what: String| LocalReadError::Damaged { path: path.to_owned(), offset: 0, what };
+        let damaged = |path: &Path, what: String| LocalReadError::Damaged {
+            path: path.to_owned(),
+            offset: 0,
+            what,
+        };
         let raw = match media.open(side, OpenMode::Read) {
             Ok(file) => {
-                let length = usize::try_from(file.length().map_err(io(side))?).unwrap_or(usize::MAX);
+                let length =
+                    usize::try_from(file.length().map_err(io(side))?).unwrap_or(usize::MAX);
                 let mut raw = vec![0; length];
                 file.read_exact_at(&mut raw, 0).map_err(io(side))?;
                 raw
@@ -68,13 +73,22 @@ impl Handle {
             }
             Err(error) => return Err(io(side)(error)),
         };
-        let (bytes, sums) = pages::decode(&raw).map_err(|error| damaged(side, error.to_string()))?;
+        let (bytes, sums) =
+            pages::decode(&raw).map_err(|error| damaged(side, error.to_string()))?;
         let file = media.open(path, OpenMode::Read).map_err(io(path))?;
         let length = file.length().map_err(io(path))?;
         if length < bytes {
-            return Err(damaged(path, format!("it holds {length} bytes, {bytes} were sealed")));
+            return Err(damaged(
+                path,
+                format!("it holds {length} bytes, {bytes} were sealed"),
+            ));
         }
-        Ok(Self { path: path.to_owned(), file, bytes, sums })
+        Ok(Self {
+            path: path.to_owned(),
+            file,
+            bytes,
+            sums,
+        })
     }
 
     /// Bytes of contents.
@@ -85,7 +99,14 @@ impl Handle {
     /// Reads and verifies.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), LocalReadError> {
         let sums = |pages: std::ops::Range<usize>| self.sums.get(pages).map(<[u32]>::to_vec);
-        read_verified(&self.path, self.file.as_ref(), self.bytes, &sums, offset, buf)
+        read_verified(
+            &self.path,
+            self.file.as_ref(),
+            self.bytes,
+            &sums,
+            offset,
+            buf,
+        )
     }
 }
 
@@ -100,23 +121,47 @@ pub fn read_verified(
     buf: &mut [u8],
 ) -> Result<(), LocalReadError> {
     let page = PAGE_BYTES as u64;
-    let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= bytes);
+    let end = offset
+        .checked_add(buf.len() as u64)
+        .filter(|end| *end <= bytes);
     let Some(end) = end else {
-        let what = format!("{} bytes are wanted there, the file ends at {bytes}", buf.len());
-        return Err(LocalReadError::Damaged { path: path.to_owned(), offset, what });
+        let what = format!(
+            "{} bytes are wanted there, the file ends at {bytes}",
+            buf.len()
+        );
+        return Err(LocalReadError::Damaged {
+            path: path.to_owned(),
+            offset,
+            what,
+        });
     };
-    let (from, to) = (offset / page * page, end.div_ceil(page).saturating_mul(page).min(bytes));
+    let (from, to) = (
+        offset / page * page,
+        end.div_ceil(page).saturating_mul(page).min(bytes),
+    );
     let index = |at: u64| usize::try_from(at / page).unwrap_or(usize::MAX);
     let sums = sums(index(from)..index(to.div_ceil(page) * page)).unwrap_or_default();
     if sums.len() as u64 != (to - from).div_ceil(page) {
         let what = "its page checksums are incomplete".to_owned();
-        return Err(LocalReadError::Damaged { path: path.to_owned(), offset, what });
+        return Err(LocalReadError::Damaged {
+            path: path.to_owned(),
+            offset,
+            what,
+        });
     }
     let read = |target: &mut [u8], at: u64, sums: &[u32]| -> Result<(), LocalReadError> {
-        file.read_exact_at(target, at).map_err(|source| LocalReadError::Io { path: path.to_owned(), source })?;
+        file.read_exact_at(target, at)
+            .map_err(|source| LocalReadError::Io {
+                path: path.to_owned(),
+                source,
+            })?;
         pages::first_bad_page(target, sums).map_or(Ok(()), |bad| {
             let what = "a page does not match its checksum".to_owned();
-            Err(LocalReadError::Damaged { path: path.to_owned(), offset: at + bad as u64, what })
+            Err(LocalReadError::Damaged {
+                path: path.to_owned(),
+                offset: at + bad as u64,
+                what,
+            })
         })
     };
     let length = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
@@ -141,7 +186,11 @@ pub fn read_verified(
     let middle = (buf.len() - head) / PAGE_BYTES * PAGE_BYTES;
     let whole = middle / PAGE_BYTES;
     let at = from + (first * PAGE_BYTES) as u64;
-    read(&mut buf[head..head + middle], at, &sums[first..first + whole])?;
+    read(
+        &mut buf[head..head + middle],
+        at,
+        &sums[first..first + whole],
+    )?;
     let rest = buf.len() - head - middle;
     if rest > 0 {
         let at = at + middle as u64;
@@ -162,11 +211,19 @@ pub struct Handles {
 impl Handles {
     /// None open yet.
     pub fn new(media: Arc<dyn Media>) -> Self {
-        Self { media, open: Mutex::default() }
+        Self {
+            media,
+            open: Mutex::default(),
+        }
     }
 
     /// The handle of a file that lies at `path`.
-    pub fn get(&self, dir: &StateDir, id: DatafileId, path: &Path) -> Result<Arc<Handle>, LocalReadError> {
+    pub fn get(
+        &self,
+        dir: &StateDir,
+        id: DatafileId,
+        path: &Path,
+    ) -> Result<Arc<Handle>, LocalReadError> {
         {
             let mut open = self.open.lock();
             open.0 += 1;
@@ -181,7 +238,11 @@ impl Handles {
         let now = open.0;
         open.1.insert(id, (now, Arc::clone(&handle)));
         if open.1.len() > HANDLES_MAX {
-            let oldest = open.1.iter().min_by_key(|(_, (used, _))| *used).map(|(id, _)| *id);
+            let oldest = open
+                .1
+                .iter()
+                .min_by_key(|(_, (used, _))| *used)
+                .map(|(id, _)| *id);
             oldest.and_then(|id| open.1.remove(&id));
         }
         Ok(handle)
@@ -206,15 +267,29 @@ mod tests {
         let dir = StateDir::new("/s");
         media.create_dir_all(&dir.datafiles()).unwrap();
         let path = dir.datafiles().join("file");
-        let data: Vec<u8> = (0..300_000_u32).map(|at| at.to_le_bytes()[0] ^ at.to_le_bytes()[1]).collect();
+        let data: Vec<u8> = (0..300_000_u32)
+            .map(|at| at.to_le_bytes()[0] ^ at.to_le_bytes()[1])
+            .collect();
         let file = media.open(&path, OpenMode::CreateNew).unwrap();
         file.write_all_at(&data, 0).unwrap();
         let sums: Vec<u32> = data.chunks(PAGE_BYTES).map(crc32fast::hash).collect();
         let side = dir.page_sums(DatafileId(1));
         let raw = pages::encode(data.len() as u64, &sums);
-        media.open(&side, OpenMode::CreateNew).unwrap().write_all_at(&raw, 0).unwrap();
+        media
+            .open(&side, OpenMode::CreateNew)
+            .unwrap()
+            .write_all_at(&raw, 0)
+            .unwrap();
         let handle = Handle::open(&media, &path, &side).unwrap();
-        for (from, to) in [(0, 300_000), (1, 300_000), (4096, 280_000), (4095, 4097), (5, 200_001), (299_999, 300_000), (7, 7)] {
+        for (from, to) in [
+            (0, 300_000),
+            (1, 300_000),
+            (4096, 280_000),
+            (4095, 4097),
+            (5, 200_001),
+            (299_999, 300_000),
+            (7, 7),
+        ] {
             let mut buf = vec![0; to - from];
             handle.read(from as u64, &mut buf).unwrap();
             assert!(buf == data[from..to], "{from}..{to}");

@@ -58,8 +58,16 @@ pub(super) struct Keeper {
 impl Keeper {
     pub(super) fn close(&self, close: Close) {
         let mut state = self.state.lock();
-        if let Close::Meta { id, file, first_byte_ms, .. } = &close {
-            state.journals.push_back((*id, file.len(), *first_byte_ms, file.sync_handle()));
+        if let Close::Meta {
+            id,
+            file,
+            first_byte_ms,
+            ..
+        } = &close
+        {
+            state
+                .journals
+                .push_back((*id, file.len(), *first_byte_ms, file.sync_handle()));
         }
         state.queue.push_back(Arc::new(Mutex::new(Some(close))));
         state.queued += 1;
@@ -84,11 +92,21 @@ impl Keeper {
     }
 
     pub(super) fn journals_at_risk(&self) -> Vec<(u64, u64)> {
-        self.state.lock().journals.iter().map(|(_, bytes, first, _)| (*bytes, *first)).collect()
+        self.state
+            .lock()
+            .journals
+            .iter()
+            .map(|(_, bytes, first, _)| (*bytes, *first))
+            .collect()
     }
 
     pub(super) fn journal_sync_handles(&self) -> Vec<SyncHandle> {
-        self.state.lock().journals.iter().map(|(_, _, _, handle)| handle.clone()).collect()
+        self.state
+            .lock()
+            .journals
+            .iter()
+            .map(|(_, _, _, handle)| handle.clone())
+            .collect()
     }
 }
 
@@ -157,7 +175,9 @@ impl Hold {
 /// Starts the thread; it ends with the store.
 pub(super) fn start(store: &Arc<LocalStore>) {
     let weak = Arc::downgrade(store);
-    let spawned = std::thread::Builder::new().name("store-keeper".to_owned()).spawn(move || run(&weak));
+    let spawned = std::thread::Builder::new()
+        .name("store-keeper".to_owned())
+        .spawn(move || run(&weak));
     if let Err(error) = spawned {
         store.fail(&io_error("start the keeper of", store.dir.root(), error));
     }
@@ -181,7 +201,11 @@ fn run(weak: &Weak<LocalStore>) {
         let settings = store.settings();
         if let Some(next) = next {
             store.close_one(&next);
-        } else if store.active.oldest().is_some_and(|oldest| oldest.elapsed() >= settings.push_interval) {
+        } else if store
+            .active
+            .oldest()
+            .is_some_and(|oldest| oldest.elapsed() >= settings.push_interval)
+        {
             store.rotate();
         } else if synced.elapsed() >= settings.sync_interval {
             if store.dirty() && store.failure().is_none() {
@@ -191,10 +215,9 @@ fn run(weak: &Weak<LocalStore>) {
             synced = Instant::now();
         } else {
             let until_sync = settings.sync_interval.saturating_sub(synced.elapsed());
-            let until_seal = store
-                .active
-                .oldest()
-                .map_or(SLEEP_MAX, |oldest| settings.push_interval.saturating_sub(oldest.elapsed()));
+            let until_seal = store.active.oldest().map_or(SLEEP_MAX, |oldest| {
+                settings.push_interval.saturating_sub(oldest.elapsed())
+            });
             let sleep = until_sync.min(until_seal).min(SLEEP_MAX);
             let mut state = store.keeper.state.lock();
             if state.wakes == wakes && !state.stop {
@@ -208,7 +231,14 @@ impl LocalStore {
     fn close_one(&self, slot: &Mutex<Option<Close>>) {
         let outcome = match &mut *slot.lock() {
             Some(Close::Data(open)) => self.seal_data(open),
-            Some(Close::Meta { id, file, first_byte_ms, barrier, checkpoint, dead }) => {
+            Some(Close::Meta {
+                id,
+                file,
+                first_byte_ms,
+                barrier,
+                checkpoint,
+                dead,
+            }) => {
                 let sealed = SealedMeta {
                     id: *id,
                     first_byte_ms: *first_byte_ms,
@@ -255,21 +285,26 @@ impl LocalStore {
     /// Contents durable, checksums durable, then the rename.
     fn seal_data(&self, open: &Arc<OpenData>) -> Result<Option<Arc<LocalFile>>, StoreError> {
         self.check_running()?;
-        open.sync().map_err(|source| match io_error("sync", &open.path, source) {
-            // A failed fsync is never retried, whatever its reason.
-            StoreError::NoSpace(why) => StoreError::Io {
-                step: "sync",
-                path: open.path.display().to_string(),
-                source: std::io::Error::other(why),
-            },
-            other => other,
-        })?;
+        open.sync()
+            .map_err(|source| match io_error("sync", &open.path, source) {
+                // A failed fsync is never retried, whatever its reason.
+                StoreError::NoSpace(why) => StoreError::Io {
+                    step: "sync",
+                    path: open.path.display().to_string(),
+                    source: std::io::Error::other(why),
+                },
+                other => other,
+            })?;
         let (bytes, sums) = {
             let sums = open.sums.lock();
             (sums.bytes(), sums.to_vec())
         };
         self.write_page_sums(open.id, bytes, &sums)?;
-        let name = DatafileName { id: open.id, stream: Stream::Data, stage: Stage::Sealed };
+        let name = DatafileName {
+            id: open.id,
+            stream: Stream::Data,
+            stage: Stage::Sealed,
+        };
         self.rename_sealed(&open.path, name)?;
         let file = self.catalog.insert(LocalFile {
             name,
@@ -284,11 +319,20 @@ impl LocalStore {
         Ok(Some(file))
     }
 
-    fn seal_meta(&self, file: &mut Datafile, meta: &SealedMeta<'_>) -> Result<Option<Arc<LocalFile>>, StoreError> {
+    fn seal_meta(
+        &self,
+        file: &mut Datafile,
+        meta: &SealedMeta<'_>,
+    ) -> Result<Option<Arc<LocalFile>>, StoreError> {
         self.check_running()?;
         let path = file.path().to_owned();
-        file.mark().map_err(|error| datafile_error("seal", &path, error))?;
-        let name = DatafileName { id: meta.id, stream: Stream::Meta, stage: Stage::Sealed };
+        file.mark()
+            .map_err(|error| datafile_error("seal", &path, error))?;
+        let name = DatafileName {
+            id: meta.id,
+            stream: Stream::Meta,
+            stage: Stage::Sealed,
+        };
         self.rename_sealed(&path, name)?;
         Ok(Some(self.catalog.insert(LocalFile {
             name,
@@ -303,8 +347,12 @@ impl LocalStore {
 
     fn rename_sealed(&self, from: &std::path::Path, name: DatafileName) -> Result<(), StoreError> {
         let (to, dir) = (self.dir.datafile(name), self.dir.datafiles());
-        self.media.rename(from, &to).map_err(|source| io_error("rename", from, source))?;
-        self.media.sync_dir(&dir).map_err(|source| io_error("sync directory", &dir, source))
+        self.media
+            .rename(from, &to)
+            .map_err(|source| io_error("rename", from, source))?;
+        self.media
+            .sync_dir(&dir)
+            .map_err(|source| io_error("sync directory", &dir, source))
     }
 
     fn write_page_sums(&self, id: DatafileId, bytes: u64, sums: &[u32]) -> Result<(), StoreError> {
@@ -321,7 +369,12 @@ impl LocalStore {
                 self.check_running()?;
                 return Ok(false);
             }
-            if self.keeper.progress.wait_until(&mut state, deadline).timed_out() {
+            if self
+                .keeper
+                .progress
+                .wait_until(&mut state, deadline)
+                .timed_out()
+            {
                 return Ok(false);
             }
         }

@@ -45,7 +45,9 @@ pub enum OpenError {
         offset: u64,
     },
     /// A record verifies but cannot be read.
-    #[error("journal {path} holds a record this program cannot read ({reason}): use the program that wrote it")]
+    #[error(
+        "journal {path} holds a record this program cannot read ({reason}): use the program that wrote it"
+    )]
     Record {
         /// Which file.
         path: String,
@@ -113,9 +115,15 @@ struct Scan<'a> {
 }
 
 /// Opens the store of a state directory.
-pub fn open(media: Arc<dyn Media>, dir: StateDir, context: OpenContext<'_>) -> Result<Opened, OpenError> {
+pub fn open(
+    media: Arc<dyn Media>,
+    dir: StateDir,
+    context: OpenContext<'_>,
+) -> Result<Opened, OpenError> {
     let datafiles = dir.datafiles();
-    media.create_dir_all(&datafiles).map_err(|source| io_error("create", &datafiles, source))?;
+    media
+        .create_dir_all(&datafiles)
+        .map_err(|source| io_error("create", &datafiles, source))?;
     let names = local_names(&media, &dir)?;
     let last_local = names.iter().map(|name| name.id).max().unwrap_or_default();
     let last = last_local.max(context.last_known_id);
@@ -132,26 +140,45 @@ pub fn open(media: Arc<dyn Media>, dir: StateDir, context: OpenContext<'_>) -> R
     let journals = scan.cut_journals(&names)?;
     scan.seal_data()?;
     scan.seal_journals(journals, last)?;
-    let Scan { catalog, report, .. } = scan;
-    let sealed: Vec<Arc<LocalFile>> =
-        catalog.all().into_iter().filter(|file| file.name.stage == Stage::Sealed).collect();
+    let Scan {
+        catalog, report, ..
+    } = scan;
+    let sealed: Vec<Arc<LocalFile>> = catalog
+        .all()
+        .into_iter()
+        .filter(|file| file.name.stage == Stage::Sealed)
+        .collect();
     let (store, events) = LocalStore::assemble(media, dir, context.settings, last.next(), catalog);
     // Data first: a meta datafile enters the queue after all data it names.
-    let (data, meta): (Vec<_>, Vec<_>) = sealed.into_iter().partition(|file| file.name.stream == Stream::Data);
+    let (data, meta): (Vec<_>, Vec<_>) = sealed
+        .into_iter()
+        .partition(|file| file.name.stream == Stream::Data);
     for file in data.into_iter().chain(meta) {
         let _ = store.events.send(StoreEvent::Sealed(file));
     }
-    Ok(Opened { store, events, report })
+    Ok(Opened {
+        store,
+        events,
+        report,
+    })
 }
 
 /// Names of all local datafiles, by id.
-pub fn local_names(media: &Arc<dyn Media>, dir: &StateDir) -> Result<Vec<DatafileName>, StoreError> {
+pub fn local_names(
+    media: &Arc<dyn Media>,
+    dir: &StateDir,
+) -> Result<Vec<DatafileName>, StoreError> {
     let path = dir.datafiles();
     if !media.exists(&path) {
         return Ok(Vec::new());
     }
-    let listed = media.list(&path).map_err(|source| io_error("list", &path, source))?;
-    let mut names: Vec<DatafileName> = listed.iter().filter_map(|name| DatafileName::parse(name)).collect();
+    let listed = media
+        .list(&path)
+        .map_err(|source| io_error("list", &path, source))?;
+    let mut names: Vec<DatafileName> = listed
+        .iter()
+        .filter_map(|name| DatafileName::parse(name))
+        .collect();
     names.sort();
     Ok(names)
 }
@@ -161,7 +188,9 @@ impl Scan<'_> {
         for name in names.iter().filter(|name| name.stage != Stage::Open) {
             let path = self.dir.datafile(*name);
             let open = self.media.open(&path, OpenMode::Read);
-            let bytes = open.and_then(|file| file.length()).map_err(|source| io_error("open", &path, source))?;
+            let bytes = open
+                .and_then(|file| file.length())
+                .map_err(|source| io_error("open", &path, source))?;
             let checkpoint = match (name.stream, name.stage) {
                 (Stream::Meta, Stage::Sealed) => self.check_sealed_meta(name.id, &path)?,
                 _ => false,
@@ -182,32 +211,59 @@ impl Scan<'_> {
     /// Verifies a meta datafile that exists nowhere else; true when it is a checkpoint.
     fn check_sealed_meta(&self, id: DatafileId, path: &Path) -> Result<bool, OpenError> {
         let mut checkpoint = false;
-        let mut visit = |frame: qsfs_zdb::datafile::FrameView<'_>| checkpoint |= frame.kind != KIND_RECORD;
+        let mut visit =
+            |frame: qsfs_zdb::datafile::FrameView<'_>| checkpoint |= frame.kind != KIND_RECORD;
         let inspected = Datafile::inspect(&self.media, path, meta_header(id), &mut visit);
         let (_, report) = inspected.map_err(|error| journal_error(path, error))?;
         match report.damaged.first() {
-            Some(damage) => Err(OpenError::DamagedJournal { path: path.display().to_string(), offset: damage.offset }),
-            None if report.torn_bytes_cut > 0 => {
-                Err(OpenError::DamagedJournal { path: path.display().to_string(), offset: report.length })
-            }
+            Some(damage) => Err(OpenError::DamagedJournal {
+                path: path.display().to_string(),
+                offset: damage.offset,
+            }),
+            None if report.torn_bytes_cut > 0 => Err(OpenError::DamagedJournal {
+                path: path.display().to_string(),
+                offset: report.length,
+            }),
             None => Ok(checkpoint),
         }
     }
 
     fn load_open_data(&mut self, names: &[DatafileName]) -> Result<(), OpenError> {
-        for name in names.iter().filter(|name| (name.stream, name.stage) == (Stream::Data, Stage::Open)) {
+        for name in names
+            .iter()
+            .filter(|name| (name.stream, name.stage) == (Stream::Data, Stage::Open))
+        {
             let path = self.dir.datafile(*name);
-            let file = self.media.open(&path, OpenMode::ReadWrite).map_err(|source| io_error("open", &path, source))?;
-            let length = file.length().map_err(|source| io_error("measure", &path, source))?;
-            self.open_data.insert(name.id, OpenDatafile { path, file, length, used: 0 });
+            let file = self
+                .media
+                .open(&path, OpenMode::ReadWrite)
+                .map_err(|source| io_error("open", &path, source))?;
+            let length = file
+                .length()
+                .map_err(|source| io_error("measure", &path, source))?;
+            self.open_data.insert(
+                name.id,
+                OpenDatafile {
+                    path,
+                    file,
+                    length,
+                    used: 0,
+                },
+            );
         }
         Ok(())
     }
 
     /// Keeps the journals' longest prefix whose data verifies; returns what is left of each, in order.
-    fn cut_journals(&mut self, names: &[DatafileName]) -> Result<Vec<(DatafileId, Datafile)>, OpenError> {
+    fn cut_journals(
+        &mut self,
+        names: &[DatafileName],
+    ) -> Result<Vec<(DatafileId, Datafile)>, OpenError> {
         let mut kept = Vec::new();
-        for name in names.iter().filter(|name| (name.stream, name.stage) == (Stream::Meta, Stage::Open)) {
+        for name in names
+            .iter()
+            .filter(|name| (name.stream, name.stage) == (Stream::Meta, Stage::Open))
+        {
             let path = self.dir.datafile(*name);
             if self.report.cut_at.is_some() {
                 // What comes after a cut is no prefix any more.
@@ -226,27 +282,30 @@ impl Scan<'_> {
         let (mut kept, mut dropped, mut checkpoint) = (0_u64, 0_u64, false);
         let mut unreadable = None;
         let media = Arc::clone(&self.media);
-        let opened = Datafile::open_visiting(&media, path, meta_header(id), Tail::Cut, &mut |frame| {
-            checkpoint |= frame.kind != KIND_RECORD;
-            if cut.is_some() || frame.kind != KIND_RECORD {
-                dropped += u64::from(cut.is_some());
-                return;
-            }
-            match (self.context.extents)(frame.payload) {
-                Ok(extents) if extents.iter().all(|extent| self.verifies(extent)) => {
-                    kept += 1;
-                    self.account(&extents);
+        let opened =
+            Datafile::open_visiting(&media, path, meta_header(id), Tail::Cut, &mut |frame| {
+                checkpoint |= frame.kind != KIND_RECORD;
+                if cut.is_some() || frame.kind != KIND_RECORD {
+                    dropped += u64::from(cut.is_some());
+                    return;
                 }
-                Ok(_) => {
-                    cut = Some(frame.offset);
-                    dropped += 1;
+                match (self.context.extents)(frame.payload) {
+                    Ok(extents) if extents.iter().all(|extent| self.verifies(extent)) => {
+                        kept += 1;
+                        self.account(&extents);
+                    }
+                    Ok(_) => {
+                        cut = Some(frame.offset);
+                        dropped += 1;
+                    }
+                    Err(reason) => unreadable = Some(reason),
                 }
-                Err(reason) => unreadable = Some(reason),
-            }
-        });
+            });
         let (journal, found) = match opened {
             Ok(opened) => opened,
-            Err(DatafileError::NoHeader { never_born: true, .. }) => {
+            Err(DatafileError::NoHeader {
+                never_born: true, ..
+            }) => {
                 self.remove(path)?;
                 return Ok(None);
             }
@@ -254,10 +313,16 @@ impl Scan<'_> {
         };
         let damage = found.damaged.first().map(|damage| damage.offset);
         if let Some(offset) = damage.filter(|offset| cut.is_none_or(|cut| *offset < cut)) {
-            return Err(OpenError::DamagedJournal { path: path.display().to_string(), offset });
+            return Err(OpenError::DamagedJournal {
+                path: path.display().to_string(),
+                offset,
+            });
         }
         if let Some(reason) = unreadable {
-            return Err(OpenError::Record { path: path.display().to_string(), reason });
+            return Err(OpenError::Record {
+                path: path.display().to_string(),
+                reason,
+            });
         }
         self.report.journal_bytes_cut += found.torn_bytes_cut;
         if checkpoint || kept == 0 {
@@ -269,31 +334,46 @@ impl Scan<'_> {
             self.remove(path)?;
             return Ok(None);
         }
-        let Some(offset) = cut else { return Ok(Some(journal)) };
+        let Some(offset) = cut else {
+            return Ok(Some(journal));
+        };
         self.note_cut(path, offset, dropped);
         self.rewrite(id, path, &journal, offset).map(Some)
     }
 
     fn note_cut(&mut self, path: &Path, offset: u64, records: u64) {
         self.report.records_cut += records;
-        self.report.cut_at = Some(format!("{} at byte {offset}: its data never reached the disk", path.display()));
+        self.report.cut_at = Some(format!(
+            "{} at byte {offset}: its data never reached the disk",
+            path.display()
+        ));
     }
 
     fn drop_journal(&mut self, id: DatafileId, path: &Path) -> Result<(), OpenError> {
         let mut records = 0;
-        let inspected = Datafile::inspect(&self.media, path, meta_header(id), &mut |_| records += 1);
+        let inspected =
+            Datafile::inspect(&self.media, path, meta_header(id), &mut |_| records += 1);
         drop(inspected);
         self.report.records_cut += records;
         self.remove(path)
     }
 
     fn remove(&self, path: &Path) -> Result<(), OpenError> {
-        let removed = self.media.remove(path).and_then(|()| self.media.sync_dir(&self.dir.datafiles()));
+        let removed = self
+            .media
+            .remove(path)
+            .and_then(|()| self.media.sync_dir(&self.dir.datafiles()));
         Ok(removed.map_err(|source| io_error("remove", path, source))?)
     }
 
     /// Copies the frames before `end` into a new file that takes the journal's place.
-    fn rewrite(&self, id: DatafileId, path: &Path, journal: &Datafile, end: u64) -> Result<Datafile, OpenError> {
+    fn rewrite(
+        &self,
+        id: DatafileId,
+        path: &Path,
+        journal: &Datafile,
+        end: u64,
+    ) -> Result<Datafile, OpenError> {
         let fresh = path.with_extension("open.cut");
         if self.media.exists(&fresh) {
             self.remove(&fresh)?;
@@ -309,7 +389,10 @@ impl Scan<'_> {
         }
         copy.sync().map_err(fail)?;
         drop(copy);
-        let renamed = self.media.rename(&fresh, path).and_then(|()| self.media.sync_dir(&self.dir.datafiles()));
+        let renamed = self
+            .media
+            .rename(&fresh, path)
+            .and_then(|()| self.media.sync_dir(&self.dir.datafiles()));
         renamed.map_err(|source| io_error("rename", &fresh, source))?;
         let (journal, _) = Datafile::open(&self.media, path, meta_header(id)).map_err(fail)?;
         Ok(journal)
@@ -327,7 +410,8 @@ impl Scan<'_> {
             return false;
         }
         let mut data = vec![0; extent.bytes as usize];
-        open.file.read_exact_at(&mut data, extent.offset).is_ok() && crc32fast::hash(&data) == extent.crc
+        open.file.read_exact_at(&mut data, extent.offset).is_ok()
+            && crc32fast::hash(&data) == extent.crc
     }
 
     fn account(&mut self, extents: &[DataExtent]) {
@@ -359,24 +443,52 @@ impl Scan<'_> {
         Ok(())
     }
 
-    fn seal_journals(&mut self, journals: Vec<(DatafileId, Datafile)>, last: DatafileId) -> Result<(), OpenError> {
+    fn seal_journals(
+        &mut self,
+        journals: Vec<(DatafileId, Datafile)>,
+        last: DatafileId,
+    ) -> Result<(), OpenError> {
         for (id, mut journal) in journals {
             let path = journal.path().to_owned();
-            journal.mark().map_err(|error| datafile_error("seal", &path, error))?;
+            journal
+                .mark()
+                .map_err(|error| datafile_error("seal", &path, error))?;
             self.seal(id, Stream::Meta, &path, journal.len(), last)?;
         }
         Ok(())
     }
 
-    fn seal(&mut self, id: DatafileId, stream: Stream, path: &Path, bytes: u64, barrier: DatafileId) -> Result<(), OpenError> {
-        let name = DatafileName { id, stream, stage: Stage::Sealed };
+    fn seal(
+        &mut self,
+        id: DatafileId,
+        stream: Stream,
+        path: &Path,
+        bytes: u64,
+        barrier: DatafileId,
+    ) -> Result<(), OpenError> {
+        let name = DatafileName {
+            id,
+            stream,
+            stage: Stage::Sealed,
+        };
         let first_byte_ms = modified_ms(path);
         let to = self.dir.datafile(name);
-        let renamed = self.media.rename(path, &to).and_then(|()| self.media.sync_dir(&self.dir.datafiles()));
+        let renamed = self
+            .media
+            .rename(path, &to)
+            .and_then(|()| self.media.sync_dir(&self.dir.datafiles()));
         renamed.map_err(|source| io_error("rename", path, source))?;
         let last_used = AtomicU64::new(0);
         let (checkpoint, dead) = (false, Vec::new());
-        self.catalog.insert(LocalFile { name, bytes, first_byte_ms, barrier, checkpoint, dead, last_used });
+        self.catalog.insert(LocalFile {
+            name,
+            bytes,
+            first_byte_ms,
+            barrier,
+            checkpoint,
+            dead,
+            last_used,
+        });
         self.report.sealed.push(id);
         Ok(())
     }
@@ -387,7 +499,9 @@ fn sums_of(file: &dyn MediaFile, bytes: u64) -> std::io::Result<Vec<u32>> {
     let mut buf = vec![0; SUM_BYTES];
     let mut at = 0;
     while at < bytes {
-        let now = usize::try_from(bytes - at).unwrap_or(usize::MAX).min(SUM_BYTES);
+        let now = usize::try_from(bytes - at)
+            .unwrap_or(usize::MAX)
+            .min(SUM_BYTES);
         file.read_exact_at(&mut buf[..now], at)?;
         sums.append(&buf[..now]);
         at += now as u64;
@@ -404,8 +518,11 @@ pub fn write_page_sums(
     sums: &[u32],
 ) -> Result<(), StoreError> {
     let (path, parent) = (dir.page_sums(id), dir.datafiles());
-    super::keeper::write_side_file(media, &path, bytes, sums).map_err(|source| io_error("write", &path, source))?;
-    media.sync_dir(&parent).map_err(|source| io_error("sync directory", &parent, source))
+    super::keeper::write_side_file(media, &path, bytes, sums)
+        .map_err(|source| io_error("write", &path, source))?;
+    media
+        .sync_dir(&parent)
+        .map_err(|source| io_error("sync directory", &parent, source))
 }
 
 /// Moves the datafiles that `which` chooses to `aside/LABEL/`, checksums included, and lists them.
@@ -418,19 +535,27 @@ pub fn set_aside(
     let target = dir.aside().join(label);
     let mut moved = Vec::new();
     for name in local_names(media, dir)?.iter().filter(|name| which(name)) {
-        media.create_dir_all(&target).map_err(|source| io_error("create", &target, source))?;
+        media
+            .create_dir_all(&target)
+            .map_err(|source| io_error("create", &target, source))?;
         let (from, to) = (dir.datafile(*name), target.join(name.file_name()));
-        media.rename(&from, &to).map_err(|source| io_error("move aside", &from, source))?;
+        media
+            .rename(&from, &to)
+            .map_err(|source| io_error("move aside", &from, source))?;
         let side = dir.page_sums(name.id);
         if name.stream == Stream::Data && media.exists(&side) {
             let to = target.join(side.file_name().unwrap_or_default());
-            media.rename(&side, &to).map_err(|source| io_error("move aside", &side, source))?;
+            media
+                .rename(&side, &to)
+                .map_err(|source| io_error("move aside", &side, source))?;
         }
         moved.push(to);
     }
     if !moved.is_empty() {
         for path in [&target, &dir.datafiles()] {
-            media.sync_dir(path).map_err(|source| io_error("sync directory", path, source))?;
+            media
+                .sync_dir(path)
+                .map_err(|source| io_error("sync directory", path, source))?;
         }
     }
     Ok(moved)
@@ -438,11 +563,15 @@ pub fn set_aside(
 
 fn journal_error(path: &Path, error: DatafileError) -> OpenError {
     match error {
-        DatafileError::Damaged { offset, .. } => {
-            OpenError::DamagedJournal { path: path.display().to_string(), offset }
-        }
+        DatafileError::Damaged { offset, .. } => OpenError::DamagedJournal {
+            path: path.display().to_string(),
+            offset,
+        },
         DatafileError::NoHeader { .. } | DatafileError::Foreign { .. } => {
-            OpenError::DamagedJournal { path: path.display().to_string(), offset: 0 }
+            OpenError::DamagedJournal {
+                path: path.display().to_string(),
+                offset: 0,
+            }
         }
         other => OpenError::Store(datafile_error("open", path, other)),
     }

@@ -127,7 +127,10 @@ pub fn decode(raw: &[u8]) -> Result<(u64, Vec<u32>), PageSumsError> {
     if crc32fast::hash(&raw[..body]) != quad(&raw[body..]) {
         return Err(PageSumsError::Damaged);
     }
-    Ok((bytes, raw[HEAD_BYTES..body].chunks_exact(4).map(quad).collect()))
+    Ok((
+        bytes,
+        raw[HEAD_BYTES..body].chunks_exact(4).map(quad).collect(),
+    ))
 }
 
 /// First byte (relative to `data`) of the first page that does not verify. `data` starts at page `first` and ends at

@@ -56,18 +56,23 @@ impl LocalStore {
         let data: Vec<_> = self.open_data.read().values().cloned().collect();
         let mut names = false;
         for open in &data {
-            open.sync().map_err(|source| io_error("sync", &open.path, source))?;
+            open.sync()
+                .map_err(|source| io_error("sync", &open.path, source))?;
             names |= !open.name_durable.load(Ordering::Acquire);
         }
         if names {
             let dir = self.dir.datafiles();
-            self.media.sync_dir(&dir).map_err(|source| io_error("sync directory", &dir, source))?;
+            self.media
+                .sync_dir(&dir)
+                .map_err(|source| io_error("sync directory", &dir, source))?;
             for open in &data {
                 open.name_durable.store(true, Ordering::Release);
             }
         }
         for journal in journals {
-            journal.sync().map_err(|error| datafile_error("sync", &self.dir.datafiles(), error))?;
+            journal
+                .sync()
+                .map_err(|error| datafile_error("sync", &self.dir.datafiles(), error))?;
         }
         Ok(())
     }
@@ -75,6 +80,7 @@ impl LocalStore {
     /// True when something is not durable yet.
     pub(super) fn dirty(&self) -> bool {
         // Journals know by themselves whether there is something to sync.
-        self.open_data.read().values().any(|open| open.dirty()) || self.active.journal_at_risk().is_some()
+        self.open_data.read().values().any(|open| open.dirty())
+            || self.active.journal_at_risk().is_some()
     }
 }
