@@ -200,7 +200,7 @@ bytes_id!(
     Salt, 16, "salt"
 );
 bytes_id!(
-    /// BLAKE3 of a whole shard.
+    /// Hash of a whole shard: BLAKE3 over the BLAKE3s of its pieces' payloads, in order. Known from piece headers alone.
     ShardHash, 32, "shard hash"
 );
 

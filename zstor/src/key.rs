@@ -22,7 +22,7 @@ pub struct VolumeKey(Zeroizing<[u8; VOLUME_KEY_BYTES]>);
 
 impl VolumeKey {
     /// A fresh key. The randomness source must be fit for keys.
-    pub fn generate(rng: &mut (impl rand::RngCore + rand::CryptoRng)) -> Self {
+    pub fn generate(rng: &mut impl rand::CryptoRng) -> Self {
         let mut bytes = Zeroizing::new([0; VOLUME_KEY_BYTES]);
         rng.fill_bytes(bytes.as_mut());
         Self(bytes)

@@ -37,7 +37,7 @@ impl Geometry {
     /// Checks `1 <= k`, `1 <= m`, `k + m <= SHARDS_MAX`.
     pub fn new(data: u32, parity: u32) -> Result<Self, PolicyError> {
         let range = PolicyError::Range { data, parity };
-        if data == 0 || parity == 0 || data.saturating_add(parity) > SHARDS_MAX as u32 {
+        if data == 0 || parity == 0 || data.saturating_add(parity) as usize > SHARDS_MAX {
             return Err(range);
         }
         match (u8::try_from(data), u8::try_from(parity)) {

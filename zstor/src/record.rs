@@ -20,7 +20,7 @@ pub enum ShardState {
 pub struct Shard {
     /// Where it is.
     pub backend: BackendId,
-    /// BLAKE3 of the whole shard.
+    /// Hash of the whole shard.
     pub hash: ShardHash,
     /// What is known of it.
     pub state: ShardState,

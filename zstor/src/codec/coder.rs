@@ -73,9 +73,8 @@ impl StripeCoder {
             let mut parity = vec![[0; 1]; m];
             code.encode_sep(&unit, &mut parity)
                 .expect("k data and m parity slices of one byte");
-            matrix[column][column] = 1;
-            for (row, byte) in parity.iter().enumerate() {
-                matrix[k + row][column] = byte[0];
+            for (row, byte) in matrix.iter_mut().zip(unit.iter().chain(&parity)) {
+                row[column] = byte[0];
             }
         }
         Self { geometry, matrix }

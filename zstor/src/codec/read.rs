@@ -214,9 +214,12 @@ impl ReadPlan {
             .slices
             .iter()
             .filter(|slice| slice.piece == row && lost.contains(&slice.shard));
-        slices.fold(usize::MAX..0, |all, slice| {
-            all.start.min(slice.range.start)..all.end.max(slice.range.end)
-        })
+        let (mut start, mut end) = (usize::MAX, 0);
+        for slice in slices {
+            start = start.min(slice.range.start);
+            end = end.max(slice.range.end);
+        }
+        start..end
     }
 
     fn reconstruct(&self, row: u32, lost: &[usize], window: Range<usize>) -> Vec<Vec<u8>> {
