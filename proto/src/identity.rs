@@ -1,0 +1,432 @@
+//! Who a process is: a certificate of the cluster's CA, its key, and the CA.
+//!
+//! The certificate's subject alternative name carries `qsfs://CLUSTER/ROLE/SUBJECT`. Subjects: a metad node has its Raft
+//! id, an agent `location/node`, a client the volume id it is bound to or `*`, an admin its name.
+//! Invariant: an [`Identity`] always has a certificate that parses, is of the CA beside it, and matches the key.
+
+use crate::api::{Role, Secret};
+use qsfs_zstor::id::{ClusterId, LocationName, MetadId, NodeName, VolumeId};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
+
+/// File of the leaf certificate in an identity directory.
+pub const CERT_FILE: &str = "cert.pem";
+/// File of the private key.
+pub const KEY_FILE: &str = "key.pem";
+/// File of the cluster's CA certificate.
+pub const CA_FILE: &str = "ca.pem";
+
+/// Longest subject, in bytes.
+pub const SUBJECT_BYTES_MAX: usize = 160;
+/// Longest PEM text accepted from a peer or a file.
+pub const PEM_BYTES_MAX: usize = 64 << 10;
+
+/// Why an identity cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum IdentityError {
+    /// A file of the identity could not be read or written.
+    #[error("{step} {path}: {source}")]
+    Io {
+        /// Verb phrase.
+        step: &'static str,
+        /// Path.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: io::Error,
+    },
+    /// Not PEM, or not what it should be.
+    #[error("{what} is not valid: {reason}")]
+    Malformed {
+        /// Which part.
+        what: &'static str,
+        /// Why.
+        reason: String,
+    },
+    /// The certificate names no QSFS identity.
+    #[error(
+        "the certificate names no QSFS identity (qsfs://CLUSTER/ROLE/SUBJECT): {0}; was it made by another CA?"
+    )]
+    Unnamed(String),
+    /// The key is of another certificate.
+    #[error("the private key does not belong to the certificate; join again")]
+    KeyMismatch,
+    /// The certificate is of another CA.
+    #[error("the certificate was not signed by the CA beside it; join again")]
+    OtherCa,
+    /// The key could not be made.
+    #[error("making a key: {0}")]
+    KeyGeneration(String),
+}
+
+impl IdentityError {
+    pub(crate) fn malformed(what: &'static str, reason: impl fmt::Display) -> Self {
+        Self::Malformed {
+            what,
+            reason: reason.to_string(),
+        }
+    }
+}
+
+/// Which volumes a client certificate opens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VolumeScope {
+    /// `*`: every volume.
+    All,
+    /// Only this one.
+    One(VolumeId),
+}
+
+/// Who the other end of a connection is, as its certificate says.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct PeerIdentity {
+    /// Cluster.
+    pub cluster: ClusterId,
+    /// Role.
+    pub role: Role,
+    /// What it stands for within the role (see the module).
+    pub subject: String,
+}
+
+impl PeerIdentity {
+    /// Checks the subject against the role.
+    pub fn new(
+        cluster: ClusterId,
+        role: Role,
+        subject: impl Into<String>,
+    ) -> Result<Self, IdentityError> {
+        let peer = Self {
+            cluster,
+            role,
+            subject: subject.into(),
+        };
+        peer.validate()?;
+        Ok(peer)
+    }
+
+    /// Reads the identity out of a certificate that was verified already.
+    pub fn from_certificate(der: &CertificateDer<'_>) -> Result<Self, IdentityError> {
+        let (_, certificate) = X509Certificate::from_der(der)
+            .map_err(|error| IdentityError::malformed("certificate", error))?;
+        let names = certificate
+            .subject_alternative_name()
+            .map_err(|error| IdentityError::malformed("certificate", error))?
+            .ok_or_else(|| IdentityError::Unnamed("it has no alternative name".into()))?;
+        let mut uris = names
+            .value
+            .general_names
+            .iter()
+            .filter_map(|name| match name {
+                GeneralName::URI(uri) => Some(*uri),
+                _ => None,
+            });
+        match (uris.next(), uris.next()) {
+            (Some(uri), None) => uri.parse(),
+            (None, _) => Err(IdentityError::Unnamed("it has no URI name".into())),
+            (Some(_), Some(_)) => Err(IdentityError::Unnamed("it has several URI names".into())),
+        }
+    }
+
+    /// The Raft id of a metad node.
+    pub fn metad_id(&self) -> Option<MetadId> {
+        match self.role {
+            Role::Metad => self.subject.parse().ok().map(MetadId),
+            Role::Agent | Role::Client | Role::Admin => None,
+        }
+    }
+
+    /// Location and node of an agent.
+    pub fn agent_place(&self) -> Option<(LocationName, NodeName)> {
+        let (location, node) = match self.role {
+            Role::Agent => self.subject.split_once('/')?,
+            Role::Metad | Role::Client | Role::Admin => return None,
+        };
+        Some((location.parse().ok()?, node.parse().ok()?))
+    }
+
+    /// What a client may touch.
+    pub fn volume_scope(&self) -> Option<VolumeScope> {
+        match self.role {
+            Role::Client if self.subject == "*" => Some(VolumeScope::All),
+            Role::Client => self.subject.parse().ok().map(VolumeScope::One),
+            Role::Metad | Role::Agent | Role::Admin => None,
+        }
+    }
+
+    fn validate(&self) -> Result<(), IdentityError> {
+        let good = match self.role {
+            Role::Metad => self.metad_id().is_some(),
+            Role::Agent => self.agent_place().is_some(),
+            Role::Client => self.volume_scope().is_some(),
+            Role::Admin => self.subject.parse::<NodeName>().is_ok(),
+        };
+        if good && self.subject.len() <= SUBJECT_BYTES_MAX {
+            Ok(())
+        } else {
+            let shown: String = self.subject.chars().take(80).collect();
+            let reason = format!("{shown:?} is no subject of role {}", self.role);
+            Err(IdentityError::malformed("identity", reason))
+        }
+    }
+}
+
+impl fmt::Display for PeerIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "qsfs://{}/{}/{}", self.cluster, self.role, self.subject)
+    }
+}
+
+impl FromStr for PeerIdentity {
+    type Err = IdentityError;
+
+    fn from_str(uri: &str) -> Result<Self, IdentityError> {
+        let unnamed = || IdentityError::Unnamed(uri.chars().take(200).collect());
+        let rest = uri.strip_prefix("qsfs://").ok_or_else(unnamed)?;
+        let mut parts = rest.splitn(3, '/');
+        let (Some(cluster), Some(role), Some(subject)) = (parts.next(), parts.next(), parts.next())
+        else {
+            return Err(unnamed());
+        };
+        let cluster = cluster.parse().map_err(|_| unnamed())?;
+        let role = role.parse().map_err(|_| unnamed())?;
+        Self::new(cluster, role, subject)
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Metad => "metad",
+            Self::Agent => "agent",
+            Self::Client => "client",
+            Self::Admin => "admin",
+        })
+    }
+}
+
+impl FromStr for Role {
+    type Err = IdentityError;
+
+    fn from_str(text: &str) -> Result<Self, IdentityError> {
+        match text {
+            "metad" => Ok(Self::Metad),
+            "agent" => Ok(Self::Agent),
+            "client" => Ok(Self::Client),
+            "admin" => Ok(Self::Admin),
+            _ => Err(IdentityError::malformed(
+                "role",
+                "it must be metad, agent, client or admin",
+            )),
+        }
+    }
+}
+
+/// The plain form of an [`Identity`], to be kept inside other files (context, recovery kit). All PEM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IdentityPem {
+    /// Leaf certificate.
+    pub certificate: String,
+    /// Private key of the certificate.
+    pub key: Secret,
+    /// Certificate of the cluster's CA.
+    pub ca: String,
+}
+
+/// A certificate of the cluster, its key, and the CA that vouches for both ends.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Identity {
+    pem: IdentityPem,
+    peer: PeerIdentity,
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Identity({})", self.peer)
+    }
+}
+
+impl Identity {
+    /// Checks that the parts parse and belong together.
+    pub fn from_pem(pem: IdentityPem) -> Result<Self, IdentityError> {
+        let leaf = certificate_from_pem("certificate", &pem.certificate)?;
+        let ca = certificate_from_pem("CA certificate", &pem.ca)?;
+        let peer = PeerIdentity::from_certificate(&leaf)?;
+        let identity = Self { pem, peer };
+        let key = identity.key_der()?;
+        crate::tls::check_parts(leaf, key, &ca)?;
+        Ok(identity)
+    }
+
+    /// The plain form, to embed in another file.
+    pub fn to_pem(&self) -> IdentityPem {
+        self.pem.clone()
+    }
+
+    /// Reads `cert.pem`, `key.pem` and `ca.pem` of a directory.
+    pub fn load(dir: &Path) -> Result<Self, IdentityError> {
+        Self::from_pem(IdentityPem {
+            certificate: read_pem(&dir.join(CERT_FILE))?,
+            key: Secret(read_pem(&dir.join(KEY_FILE))?),
+            ca: read_pem(&dir.join(CA_FILE))?,
+        })
+    }
+
+    /// Writes the three files, each durable and readable by the owner only, the certificate last: a directory with a
+    /// certificate is complete.
+    pub fn save(&self, dir: &Path) -> Result<(), IdentityError> {
+        let io = |step, path: &Path, source| IdentityError::Io {
+            step,
+            path: path.to_owned(),
+            source,
+        };
+        fs::create_dir_all(dir).map_err(|error| io("creating", dir, error))?;
+        let files = [
+            (KEY_FILE, &self.pem.key.0),
+            (CA_FILE, &self.pem.ca),
+            (CERT_FILE, &self.pem.certificate),
+        ];
+        for (name, text) in files {
+            let path = dir.join(name);
+            write_private(&path, text.as_bytes()).map_err(|error| io("writing", &path, error))?;
+        }
+        Ok(())
+    }
+
+    /// Who this is.
+    pub fn peer(&self) -> &PeerIdentity {
+        &self.peer
+    }
+
+    /// Cluster.
+    pub fn cluster(&self) -> ClusterId {
+        self.peer.cluster
+    }
+
+    /// Role.
+    pub fn role(&self) -> Role {
+        self.peer.role
+    }
+
+    /// Subject within the role.
+    pub fn subject(&self) -> &str {
+        &self.peer.subject
+    }
+
+    /// The CA as PEM.
+    pub fn ca_pem(&self) -> &str {
+        &self.pem.ca
+    }
+
+    /// Leaf first, then the CA: a joining process pins the CA by its hash and needs to see it.
+    pub(crate) fn chain(&self) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+        Ok(vec![
+            certificate_from_pem("certificate", &self.pem.certificate)?,
+            self.ca_der()?,
+        ])
+    }
+
+    pub(crate) fn ca_der(&self) -> Result<CertificateDer<'static>, IdentityError> {
+        certificate_from_pem("CA certificate", &self.pem.ca)
+    }
+
+    pub(crate) fn key_der(&self) -> Result<PrivateKeyDer<'static>, IdentityError> {
+        PrivateKeyDer::from_pem_slice(self.pem.key.0.as_bytes())
+            .map_err(|error| IdentityError::malformed("private key", error))
+    }
+}
+
+/// A new key that waits for its certificate. The key never leaves the process that made it.
+pub struct KeyRequest {
+    key_pem: Secret,
+    csr_pem: String,
+}
+
+impl fmt::Debug for KeyRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("KeyRequest(..)")
+    }
+}
+
+impl KeyRequest {
+    /// Draws an ECDSA P-256 key.
+    pub fn new() -> Result<Self, IdentityError> {
+        let failed = |error: rcgen::Error| IdentityError::KeyGeneration(error.to_string());
+        let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(failed)?;
+        let params = rcgen::CertificateParams::default();
+        let request = params.serialize_request(&key).map_err(failed)?;
+        Ok(Self {
+            key_pem: Secret(key.serialize_pem()),
+            csr_pem: request.pem().map_err(failed)?,
+        })
+    }
+
+    /// The certificate signing request, for the CA.
+    pub fn csr_pem(&self) -> &str {
+        &self.csr_pem
+    }
+
+    /// Joins the key with its certificate.
+    pub fn finish(self, certificate: String, ca: String) -> Result<Identity, IdentityError> {
+        Identity::from_pem(IdentityPem {
+            certificate,
+            key: self.key_pem,
+            ca,
+        })
+    }
+}
+
+pub(crate) fn certificate_from_pem(
+    what: &'static str,
+    pem: &str,
+) -> Result<CertificateDer<'static>, IdentityError> {
+    if pem.len() > PEM_BYTES_MAX {
+        return Err(IdentityError::malformed(what, "it is too long"));
+    }
+    CertificateDer::from_pem_slice(pem.as_bytes())
+        .map_err(|error| IdentityError::malformed(what, error))
+}
+
+fn read_pem(path: &Path) -> Result<String, IdentityError> {
+    let io = |source| IdentityError::Io {
+        step: "reading",
+        path: path.to_owned(),
+        source,
+    };
+    let bytes = fs::metadata(path).map_err(io)?.len();
+    if bytes > PEM_BYTES_MAX as u64 {
+        return Err(io(io::Error::other("the file is too long to be PEM")));
+    }
+    fs::read_to_string(path).map_err(io)
+}
+
+/// Writes a file that only its owner may read: durable under a temporary name first, then renamed over `path`, so that a
+/// reader sees the old or the new text, never half of it.
+pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut draft = path.as_os_str().to_owned();
+    draft.push(".new");
+    let draft = PathBuf::from(draft);
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&draft)?;
+    // `mode` counts only for a new file; a leftover draft keeps its own.
+    file.set_permissions(fs::Permissions::from_mode(0o600))?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&draft, path)?;
+    match path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+        Some(dir) => fs::File::open(dir)?.sync_all(),
+        None => fs::File::open(".")?.sync_all(),
+    }
+}

