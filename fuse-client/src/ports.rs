@@ -104,4 +104,16 @@ pub trait Store: Send + Sync + 'static {
 
     /// As last heard; never waits for the network.
     fn capacity(&self) -> Capacity;
+
+    /// Whether [`Store::append_data`] may have to wait now (for space, for the push interval): then it is not
+    /// called from a thread that answers the kernel. Must be cheap.
+    fn may_wait(&self) -> bool {
+        false
+    }
+
+    /// A hint that these bytes, which are not local, are about to be read. Returns at once; the store bounds what
+    /// it does about it.
+    fn prefetch(&self, datafile: DatafileId, offset: u64, bytes: u32) {
+        let _ = (datafile, offset, bytes);
+    }
 }
