@@ -23,6 +23,7 @@ mod scan;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use frame::frame_bytes;
 pub use frame::{FRAME_HEADER_BYTES, FRAME_PAYLOAD_MAX, KIND_MARK, KIND_VOID};
 pub use reader::{DatafileReader, Frame, Frames, SyncHandle};
 pub use scan::{Damage, FrameView, ScanReport, Tail};

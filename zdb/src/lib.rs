@@ -17,5 +17,6 @@
 
 pub mod client;
 pub mod datafile;
+pub mod engine;
 mod hex;
 pub mod media;

@@ -183,7 +183,7 @@ pub(super) fn has_magic(bytes: &[u8]) -> bool {
 }
 
 /// Header, payload and padding of a frame.
-pub(super) fn frame_bytes(payload_bytes: u64) -> u64 {
+pub(crate) fn frame_bytes(payload_bytes: u64) -> u64 {
     (FRAME_HEADER_BYTES + payload_bytes).next_multiple_of(ALIGNMENT)
 }
 

@@ -31,6 +31,8 @@ pub struct Damage {
     pub bytes: u64,
     /// The frame's kind, if its header still verifies.
     pub kind: Option<u8>,
+    /// Bytes of its payload, if its header still verifies.
+    pub payload_bytes: Option<u32>,
     /// The payload's prefix, if it still verifies.
     pub prefix: Option<Bytes>,
 }
@@ -111,7 +113,7 @@ pub(super) enum Step {
     /// Bytes that do not verify, up to the next frame header or the end of the file.
     Bad {
         end: u64,
-        kind: Option<u8>,
+        header: Option<FrameHeader>,
         prefix: Option<Bytes>,
     },
 }
@@ -183,7 +185,7 @@ impl Window {
                 let prefix = header.verified_prefix(payload).map(Bytes::copy_from_slice);
                 return Ok(Step::Bad {
                     end,
-                    kind: Some(header.kind),
+                    header: Some(header),
                     prefix,
                 });
             }
@@ -194,7 +196,7 @@ impl Window {
         let end = self.next_header(shared, offset + ALIGNMENT)?;
         Ok(Step::Bad {
             end,
-            kind: None,
+            header: None,
             prefix: None,
         })
     }
@@ -235,7 +237,7 @@ impl Window {
 struct Bad {
     offset: u64,
     end: u64,
-    kind: Option<u8>,
+    header: Option<FrameHeader>,
     prefix: Option<Bytes>,
 }
 
@@ -272,11 +274,15 @@ pub(super) fn scan(
                 }
                 offset = end;
             }
-            Step::Bad { end, kind, prefix } => {
+            Step::Bad {
+                end,
+                header,
+                prefix,
+            } => {
                 bad.push(Bad {
                     offset,
                     end,
-                    kind,
+                    header,
                     prefix,
                 });
                 offset = end;
@@ -355,7 +361,8 @@ fn judge(
             report.damaged.push(Damage {
                 offset: region.offset,
                 bytes,
-                kind: region.kind,
+                kind: region.header.map(|header| header.kind),
+                payload_bytes: region.header.map(|header| header.payload_bytes),
                 prefix: region.prefix,
             });
         }

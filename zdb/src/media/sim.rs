@@ -227,6 +227,7 @@ impl SimMedia {
         world.names.retain(|path, _| !path.starts_with(dir));
         world.durable_names.retain(|path, _| !path.starts_with(dir));
         world.dirs.retain(|path, _| !path.starts_with(dir));
+        world.locked.retain(|path| !path.starts_with(dir));
     }
 
     /// The bytes of a file.

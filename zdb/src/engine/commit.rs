@@ -1,0 +1,369 @@
+//! Group commit: decide a batch of operations in order, append what they write, sync once, publish, answer.
+
+use super::entry::{EntryHead, KIND_DELETE, KIND_SET, head_bytes};
+use super::index::{Physical, Place};
+use super::settings::NamespaceSettings;
+use super::store::{Store, Writer, append_counters, file_header, file_name};
+use super::{EngineError, Mode};
+use crate::datafile::{Datafile, DatafileError, FrameParts, frame_bytes};
+use bytes::Bytes;
+use std::collections::HashMap;
+
+/// A datafile that holds mostly garbage is completed at this part of its full size, so that compaction can have it.
+const EARLY_ROTATION_PART: u64 = 8;
+
+/// What is asked.
+#[derive(Debug, Clone)]
+pub(super) enum Action {
+    Set {
+        value: Bytes,
+        timestamp: Option<u32>,
+    },
+    Delete,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Operation {
+    /// Empty for a new key of a sequential namespace.
+    pub(super) key: Bytes,
+    pub(super) action: Action,
+}
+
+impl Operation {
+    pub(super) fn bytes(&self) -> usize {
+        self.key.len()
+            + match &self.action {
+                Action::Set { value, .. } => value.len(),
+                Action::Delete => 0,
+            }
+    }
+}
+
+/// What was done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Done {
+    Stored(Bytes),
+    Unchanged,
+    Deleted,
+}
+
+/// An entry to append for one operation.
+struct Planned {
+    operation: usize,
+    key: Bytes,
+    head: Vec<u8>,
+    value: Bytes,
+    version: u64,
+    timestamp: u32,
+    deleted: bool,
+    place: Place,
+}
+
+impl Planned {
+    fn payload_bytes(&self) -> u64 {
+        (self.head.len() + self.value.len()) as u64
+    }
+
+    fn frame_bytes(&self) -> u64 {
+        frame_bytes(self.payload_bytes())
+    }
+}
+
+/// What an earlier operation of the batch will have done to a key.
+struct Overlaid {
+    value: Option<Bytes>,
+}
+
+/// The state that decisions of one batch see.
+struct Batch<'a> {
+    store: &'a Store,
+    settings: &'a NamespaceSettings,
+    now: u32,
+    overlay: HashMap<Bytes, Overlaid>,
+    live_bytes: u64,
+    disk_room: u64,
+    planned: Vec<Planned>,
+}
+
+type Outcome = Result<Done, EngineError>;
+
+impl Store {
+    /// Carry out a batch. Everything answered `Ok` is durable.
+    pub(super) fn commit(
+        &self,
+        operations: &[Operation],
+        settings: &NamespaceSettings,
+        now: u32,
+    ) -> Vec<Outcome> {
+        let refuse_all =
+            |error: &EngineError| operations.iter().map(|_| Err(error.clone())).collect();
+        let space = self.media.space(&self.dir);
+        let ready = self.check_running().and_then(|()| self.check_alive());
+        if let Err(error) = ready {
+            return refuse_all(&error);
+        }
+        let mut writer = self.writer.lock();
+        let mut batch = Batch {
+            store: self,
+            settings,
+            now,
+            overlay: HashMap::new(),
+            live_bytes: self.state.read().index.live_value_bytes(),
+            disk_room: space.map_or(0, |space| {
+                space.free_bytes.saturating_sub(self.reserve_bytes)
+            }),
+            planned: Vec::new(),
+        };
+        let mut outcomes: Vec<Outcome> = operations
+            .iter()
+            .enumerate()
+            .map(|(number, operation)| batch.decide(&mut writer, number, operation))
+            .collect();
+        let mut planned = std::mem::take(&mut batch.planned);
+        if planned.is_empty() {
+            return outcomes;
+        }
+        self.append_planned(&mut writer, &mut planned, &mut outcomes);
+        if let Err(error) = writer.active.sync() {
+            self.stop(error.to_string());
+            let stopped = EngineError::Stopped {
+                reason: error.to_string(),
+            };
+            for entry in &planned {
+                outcomes[entry.operation] = Err(stopped.clone());
+            }
+            return outcomes;
+        }
+        let mut state = self.state.write();
+        for entry in planned
+            .iter()
+            .filter(|entry| outcomes[entry.operation].is_ok())
+        {
+            state.index.add(
+                &entry.key,
+                &Physical {
+                    version: entry.version,
+                    place: entry.place,
+                    frame_bytes: entry.frame_bytes(),
+                    value_bytes: u32::try_from(entry.value.len()).unwrap_or(u32::MAX),
+                    value_crc: crc32fast::hash(&entry.value),
+                    timestamp: entry.timestamp,
+                    deleted: entry.deleted,
+                },
+            );
+        }
+        outcomes
+    }
+
+    /// Append in order, rotating as files fill up. An entry that cannot be written turns its outcome into the error.
+    fn append_planned(
+        &self,
+        writer: &mut Writer,
+        planned: &mut [Planned],
+        outcomes: &mut [Outcome],
+    ) {
+        let mut rest = planned;
+        while !rest.is_empty() {
+            self.rotate_if_due(writer, rest[0].frame_bytes());
+            let room = self.datafile_bytes.saturating_sub(writer.active.len());
+            let mut bytes = 0;
+            let fitting = rest.iter().take_while(|entry| {
+                bytes += entry.frame_bytes();
+                bytes <= room
+            });
+            let count = fitting.count().max(1);
+            let (now, later) = rest.split_at_mut(count);
+            if self.append_run(writer, now).is_err() {
+                // Alone, what is small (a deletion) may still find room.
+                for entry in now {
+                    if let Err(error) = self.append_run(writer, std::slice::from_mut(entry)) {
+                        outcomes[entry.operation] = Err(error.into());
+                    }
+                }
+            }
+            rest = later;
+        }
+    }
+
+    fn append_run(&self, writer: &mut Writer, run: &mut [Planned]) -> Result<(), DatafileError> {
+        let values: Vec<[&[u8]; 1]> = run.iter().map(|entry| [&entry.value[..]]).collect();
+        let frames: Vec<FrameParts<'_>> = run
+            .iter()
+            .zip(&values)
+            .map(|(entry, value)| FrameParts {
+                kind: if entry.deleted { KIND_DELETE } else { KIND_SET },
+                prefix: &entry.head,
+                parts: value,
+            })
+            .collect();
+        let offsets = writer.active.append_batch(&frames)?;
+        let file = self.state.read().active;
+        for (entry, offset) in run.iter_mut().zip(offsets) {
+            entry.place = Place { file, offset };
+        }
+        Ok(())
+    }
+
+    fn rotate_if_due(&self, writer: &mut Writer, next_bytes: u64) {
+        let length = writer.active.len();
+        let mostly_garbage = {
+            let state = self.state.read();
+            let live = state.index.file_use(state.active).live_bytes;
+            length > self.datafile_bytes / EARLY_ROTATION_PART && live < length / 4
+        };
+        let full = length + next_bytes > self.datafile_bytes && !writer.active.is_empty();
+        if (full || mostly_garbage)
+            && let Err(error) = self.rotate(writer)
+        {
+            // The old datafile may still take it; if not, the append says why.
+            tracing::warn!(dir = %self.dir.display(), %error, "cannot begin a new datafile");
+        }
+    }
+
+    fn rotate(&self, writer: &mut Writer) -> Result<(), EngineError> {
+        let number = self.new_file_number();
+        let path = self.dir.join(file_name(number));
+        let fresh =
+            Datafile::create(&self.media, &path, file_header(number)).and_then(|mut file| {
+                append_counters(&mut file, writer.counters)?;
+                file.sync()?;
+                Ok(file)
+            });
+        let fresh = match fresh {
+            Ok(fresh) => fresh,
+            Err(error) => {
+                // Nothing was acknowledged in it. If it cannot be removed, the next open finds it empty.
+                let _ = self.media.remove(&path);
+                return Err(error.into());
+            }
+        };
+        if let Err(error) = writer.active.mark() {
+            self.stop(error.to_string());
+            return Err(error.into());
+        }
+        let mut state = self.state.write();
+        state.readers.insert(number, fresh.reader());
+        state.active = number;
+        writer.active = fresh;
+        Ok(())
+    }
+}
+
+impl Batch<'_> {
+    fn decide(&mut self, writer: &mut Writer, number: usize, operation: &Operation) -> Outcome {
+        if self.settings.frozen {
+            return Err(EngineError::Frozen);
+        }
+        if self.settings.locked {
+            return Err(EngineError::Locked);
+        }
+        match &operation.action {
+            Action::Set { value, timestamp } => {
+                self.decide_set(writer, number, &operation.key, value, *timestamp)
+            }
+            Action::Delete => self.decide_delete(writer, number, &operation.key),
+        }
+    }
+
+    fn decide_set(
+        &mut self,
+        writer: &mut Writer,
+        number: usize,
+        key: &Bytes,
+        value: &Bytes,
+        timestamp: Option<u32>,
+    ) -> Outcome {
+        let sequential = self.settings.mode == Mode::Sequential;
+        let old_bytes = self.live_value_bytes(key);
+        if sequential && !key.is_empty() && old_bytes.is_none() {
+            return Err(EngineError::UpdateOnly);
+        }
+        if self.settings.worm && old_bytes.is_some() {
+            return Err(EngineError::Worm);
+        }
+        if old_bytes == Some(value.len() as u64) && self.is_unchanged(key, value) {
+            return Ok(Done::Unchanged);
+        }
+        let key = if sequential && key.is_empty() {
+            Bytes::copy_from_slice(&writer.counters.next_id.to_le_bytes())
+        } else {
+            key.clone()
+        };
+        let after = self.live_bytes - old_bytes.unwrap_or(0) + value.len() as u64;
+        let quota = self.settings.maxsize_bytes;
+        let disk = frame_bytes((head_bytes(&key) + value.len()) as u64);
+        if (quota > 0 && after > quota) || disk > self.disk_room {
+            return Err(EngineError::NoSpace);
+        }
+        self.live_bytes = after;
+        self.disk_room -= disk;
+        writer.counters.next_id += 1;
+        self.plan(writer, number, &key, Some(value.clone()), timestamp);
+        Ok(Done::Stored(key))
+    }
+
+    fn decide_delete(&mut self, writer: &mut Writer, number: usize, key: &Bytes) -> Outcome {
+        if self.settings.worm {
+            return Err(EngineError::Worm);
+        }
+        let Some(old_bytes) = self.live_value_bytes(key) else {
+            return Err(EngineError::KeyNotFound);
+        };
+        self.live_bytes -= old_bytes;
+        self.plan(writer, number, key, None, None);
+        Ok(Done::Deleted)
+    }
+
+    fn plan(
+        &mut self,
+        writer: &mut Writer,
+        operation: usize,
+        key: &Bytes,
+        value: Option<Bytes>,
+        timestamp: Option<u32>,
+    ) {
+        let version = writer.counters.next_version;
+        writer.counters.next_version += 1;
+        let timestamp = timestamp.unwrap_or(self.now);
+        let head = EntryHead {
+            version,
+            timestamp,
+            key,
+        };
+        self.planned.push(Planned {
+            operation,
+            key: key.clone(),
+            head: head.encode(),
+            deleted: value.is_none(),
+            value: value.clone().unwrap_or_default(),
+            version,
+            timestamp,
+            place: Place { file: 0, offset: 0 },
+        });
+        self.overlay.insert(key.clone(), Overlaid { value });
+    }
+
+    fn live_value_bytes(&self, key: &Bytes) -> Option<u64> {
+        if let Some(pending) = self.overlay.get(key) {
+            return pending.value.as_ref().map(|value| value.len() as u64);
+        }
+        let state = self.store.state.read();
+        let (_, entry) = state.index.get(key)?;
+        Some(u64::from(entry.value_bytes))
+    }
+
+    /// Only when the checksum agrees are the bytes read and compared. What cannot be read counts as changed.
+    fn is_unchanged(&self, key: &Bytes, value: &Bytes) -> bool {
+        if let Some(pending) = self.overlay.get(key) {
+            return pending.value.as_ref() == Some(value);
+        }
+        let stored_crc = {
+            let state = self.store.state.read();
+            state.index.get(key).map(|(_, entry)| entry.value_crc)
+        };
+        if stored_crc != Some(crc32fast::hash(value)) {
+            return false;
+        }
+        matches!(self.store.get(key), Ok(Some(stored)) if stored.value == *value)
+    }
+}

@@ -1,0 +1,503 @@
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use super::{
+    Engine, EngineError, EngineOptions, Mode, Namespace, NamespaceOptions, NamespaceSettings,
+};
+use crate::media::{DiskMedia, Fault, Media, SimMedia};
+use bytes::Bytes;
+use futures::executor::block_on;
+use proptest::prelude::{Just, ProptestConfig, Strategy, prop, prop_oneof, proptest};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+const DIR: &str = "/backend";
+
+fn options(media: Arc<dyn Media>) -> EngineOptions {
+    EngineOptions {
+        media,
+        root: None,
+        datafile_bytes: 4096,
+        reserve_bytes: 0,
+        compaction: false,
+    }
+}
+
+fn open(media: &SimMedia) -> Result<(Engine, Arc<Namespace>), EngineError> {
+    let engine = Engine::open(options(Arc::new(media.clone())))?;
+    let namespace = engine.add_namespace(NamespaceOptions::new("ns", DIR))?;
+    Ok((engine, namespace))
+}
+
+fn opened(media: &SimMedia) -> (Engine, Arc<Namespace>) {
+    open(media).unwrap()
+}
+
+fn set(namespace: &Namespace, key: &[u8], value: &[u8]) -> Result<Option<Bytes>, EngineError> {
+    block_on(namespace.set(key, Bytes::copy_from_slice(value)))
+}
+
+fn delete(namespace: &Namespace, key: &[u8]) -> Result<bool, EngineError> {
+    block_on(namespace.delete(key))
+}
+
+fn datafiles(media: &SimMedia) -> Vec<PathBuf> {
+    let names = media.list(Path::new(DIR)).unwrap();
+    names
+        .iter()
+        .filter(|name| name.ends_with(".zdb"))
+        .map(|name| Path::new(DIR).join(name))
+        .collect()
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Set(u8, u16, u8),
+    Delete(u8),
+    Compact,
+    Reopen,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        8 => (0..12_u8, 0..900_u16, 0..4_u8).prop_map(|(k, n, v)| Step::Set(k, n, v)),
+        4 => (0..12_u8).prop_map(Step::Delete),
+        1 => Just(Step::Compact),
+        1 => Just(Step::Reopen),
+    ]
+}
+
+type Model = BTreeMap<Vec<u8>, Vec<u8>>;
+
+fn value(bytes: u16, seed: u8) -> Vec<u8> {
+    vec![seed; usize::from(bytes)]
+}
+
+fn key(number: u8) -> Vec<u8> {
+    vec![b'k', number]
+}
+
+fn assert_same(namespace: &Namespace, model: &Model) {
+    let mut found = Model::new();
+    let mut position = None;
+    loop {
+        let page = namespace.keys_after(position, 5);
+        for stat in &page.keys {
+            let value = namespace.get_blocking(&stat.key).unwrap().unwrap();
+            assert_eq!(value.len(), stat.bytes as usize);
+            found.insert(stat.key.to_vec(), value.to_vec());
+        }
+        match page.next {
+            Some(next) => position = Some(next),
+            None => break,
+        }
+    }
+    assert_eq!(&found, model);
+    let usage = namespace.usage().unwrap();
+    assert_eq!(usage.keys, model.len() as u64);
+    assert_eq!(
+        usage.used_bytes,
+        model.values().map(|value| value.len() as u64).sum::<u64>()
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn the_engine_is_a_map(steps in prop::collection::vec(step(), 1..120)) {
+        let media = SimMedia::new();
+        let (mut engine, mut namespace) = opened(&media);
+        let mut model = Model::new();
+        for step in steps {
+            match step {
+                Step::Set(k, bytes, seed) => {
+                    let value = value(bytes, seed);
+                    let same = model.get(&key(k)) == Some(&value);
+                    let answer = set(&namespace, &key(k), &value).unwrap();
+                    assert_eq!(answer.is_none(), same);
+                    model.insert(key(k), value);
+                }
+                Step::Delete(k) => {
+                    let existed = model.remove(&key(k)).is_some();
+                    assert_eq!(delete(&namespace, &key(k)).unwrap(), existed);
+                }
+                Step::Compact => namespace.compact_now().unwrap(),
+                Step::Reopen => {
+                    engine.close();
+                    (engine, namespace) = opened(&media);
+                }
+            }
+        }
+        assert_same(&namespace, &model);
+        assert!(namespace.damaged().is_empty());
+        engine.close();
+        drop(namespace);
+        let (_engine, namespace) = opened(&media);
+        assert_same(&namespace, &model);
+        assert!(namespace.damaged().is_empty());
+    }
+}
+
+/// A fixed history of writes, deletions, rotations and compactions.
+fn history() -> Vec<Step> {
+    let mut steps = Vec::new();
+    for round in 0..4_u8 {
+        for k in 0..8 {
+            steps.push(Step::Set(k, 500 + u16::from(round) * 37, round * 8 + k));
+        }
+        steps.push(Step::Delete(round));
+        steps.push(Step::Delete(7 - round));
+        steps.push(Step::Compact);
+    }
+    steps
+}
+
+/// Run the history until the crash. Returns what must be there, and the one step whose outcome is unknown.
+fn run_until_crash(media: &SimMedia, steps: &[Step]) -> (Model, Option<Step>) {
+    let mut model = Model::new();
+    let Ok((_engine, namespace)) = open(media) else {
+        return (model, None);
+    };
+    for step in steps {
+        match step {
+            Step::Set(k, bytes, seed) => {
+                let value = value(*bytes, *seed);
+                if set(&namespace, &key(*k), &value).is_err() {
+                    return (model, Some(step.clone()));
+                }
+                model.insert(key(*k), value);
+            }
+            Step::Delete(k) => {
+                if delete(&namespace, &key(*k)).is_err() {
+                    return (model, Some(step.clone()));
+                }
+                model.remove(&key(*k));
+            }
+            Step::Compact | Step::Reopen => {
+                if namespace.compact_now().is_err() && media.crashed() {
+                    return (model, None);
+                }
+            }
+        }
+    }
+    (model, None)
+}
+
+#[test]
+fn a_crash_at_any_operation_keeps_what_was_acknowledged() {
+    let steps = history();
+    let whole = SimMedia::new();
+    run_until_crash(&whole, &steps);
+    let operations = whole.operations();
+    assert!(operations > 100, "the history is long enough: {operations}");
+    for crash in 0..operations {
+        let media = SimMedia::new();
+        media.inject(Fault::CrashAfter(crash));
+        let (mut model, unknown) = run_until_crash(&media, &steps);
+        for seed in 0..3 {
+            let after = media.restart(crash * 31 + seed);
+            let (engine, namespace) = opened(&after);
+            assert!(
+                namespace.damaged().is_empty(),
+                "crash {crash}: a torn tail is not damage: {:?}",
+                namespace.damaged()
+            );
+            let mut expected = model.clone();
+            if let Some(step) = &unknown {
+                let (Step::Set(k, ..) | Step::Delete(k)) = step else {
+                    continue;
+                };
+                let now = namespace.get_blocking(&key(*k)).unwrap();
+                let done = match step {
+                    Step::Set(_, bytes, seed) => Some(value(*bytes, *seed)),
+                    _ => None,
+                };
+                let now = now.map(|value| value.to_vec());
+                assert!(
+                    now == done || now.as_ref() == model.get(&key(*k)),
+                    "crash {crash}: neither done nor undone"
+                );
+                match now {
+                    Some(value) => expected.insert(key(*k), value),
+                    None => expected.remove(&key(*k)),
+                };
+            }
+            assert_same(&namespace, &expected);
+            // It goes on working: write, compact, open once more.
+            set(&namespace, b"after", b"crash").unwrap();
+            namespace.compact_now().unwrap();
+            expected.insert(b"after".to_vec(), b"crash".to_vec());
+            engine.close();
+            drop(namespace);
+            let (_engine, namespace) = opened(&after);
+            assert_same(&namespace, &expected);
+        }
+        model.clear();
+    }
+}
+
+#[test]
+fn a_flipped_bit_is_never_a_wrong_answer() {
+    let media = SimMedia::new();
+    let (engine, namespace) = opened(&media);
+    let mut model = Model::new();
+    for k in 0..6 {
+        set(&namespace, &key(k), &value(300, 100 + k)).unwrap();
+        model.insert(key(k), value(300, k));
+        set(&namespace, &key(k), &value(300, k)).unwrap();
+    }
+    engine.close();
+    drop((engine, namespace));
+    let files = datafiles(&media);
+    for file in &files {
+        let bytes = media.contents(file).unwrap().len() as u64;
+        for offset in (0..bytes).step_by(13) {
+            media.flip(file, offset, 0x10);
+            let (engine, namespace) = opened(&media);
+            let damaged = namespace.damaged();
+            // A damaged key can hide which key it was; its value may then be an older one or none, but it is reported.
+            let unknown = damaged.iter().any(|report| report.key.is_none());
+            for (key, wanted) in &model {
+                match namespace.get_blocking(key) {
+                    Ok(Some(value)) => assert!(value == wanted || unknown, "offset {offset}"),
+                    Ok(None) => assert!(unknown, "offset {offset}"),
+                    Err(error) => assert!(matches!(error, EngineError::Corrupt(_))),
+                }
+            }
+            engine.close();
+            drop((engine, namespace));
+            media.flip(file, offset, 0x10);
+        }
+    }
+}
+
+#[test]
+fn rot_under_a_running_engine_is_an_error_and_other_keys_go_on() {
+    let media = SimMedia::new();
+    let (_engine, namespace) = opened(&media);
+    set(&namespace, b"a", &value(1000, 1)).unwrap();
+    set(&namespace, b"b", &value(1000, 2)).unwrap();
+    let file = &datafiles(&media)[0];
+    let stored = media.contents(file).unwrap();
+    let at = stored.windows(4).position(|bytes| bytes == [1; 4]).unwrap();
+    media.flip(file, at as u64 + 100, 1);
+    assert!(matches!(
+        namespace.get_blocking(b"a"),
+        Err(EngineError::Corrupt(_))
+    ));
+    assert_eq!(namespace.damaged()[0].key.as_deref(), Some(&b"a"[..]));
+    assert!(namespace.get_blocking(b"b").unwrap().is_some());
+    // Repair is an overwrite or a deletion, as for any key.
+    assert!(delete(&namespace, b"a").unwrap());
+    assert_eq!(namespace.get_blocking(b"a").unwrap(), None);
+}
+
+#[test]
+fn compaction_does_not_drop_what_is_damaged_but_needed() {
+    let media = SimMedia::new();
+    let (_engine, namespace) = opened(&media);
+    for k in 0..7 {
+        set(&namespace, &key(k), &value(500, k + 1)).unwrap();
+    }
+    let file = &datafiles(&media)[0];
+    let stored = media.contents(file).unwrap();
+    let at = stored.windows(4).position(|bytes| bytes == [1; 4]).unwrap();
+    media.flip(file, at as u64 + 50, 1);
+    for k in 1..7 {
+        set(&namespace, &key(k), &value(600, k + 1)).unwrap();
+    }
+    namespace.compact_now().unwrap();
+    assert!(matches!(
+        namespace.get_blocking(&key(0)),
+        Err(EngineError::Corrupt(_))
+    ));
+    assert!(delete(&namespace, &key(0)).unwrap());
+    namespace.compact_now().unwrap();
+    assert!(!media.exists(file), "nothing in it is needed any more");
+}
+
+#[test]
+fn deleting_frees_space_on_the_disk() {
+    let media = SimMedia::new();
+    let (_engine, namespace) = opened(&media);
+    for round in 0..20_u8 {
+        for k in 0..20 {
+            set(&namespace, &key(k), &value(400, round)).unwrap();
+        }
+    }
+    for k in 0..20 {
+        delete(&namespace, &key(k)).unwrap();
+    }
+    set(&namespace, b"x", &value(10, 0)).unwrap();
+    namespace.compact_now().unwrap();
+    let left = namespace.usage().unwrap().datafile_bytes;
+    assert!(left < 8192, "{left} bytes are left of 160 KiB written");
+}
+
+#[test]
+fn quota_and_full_disk_refuse_and_later_accept() {
+    let media = SimMedia::new();
+    let (_engine, namespace) = opened(&media);
+    namespace
+        .change_settings(|settings| settings.maxsize_bytes = 1000)
+        .unwrap();
+    set(&namespace, b"a", &value(800, 1)).unwrap();
+    assert!(matches!(
+        set(&namespace, b"b", &value(300, 1)),
+        Err(EngineError::NoSpace)
+    ));
+    // Replacing counts the old size as free.
+    set(&namespace, b"a", &value(1000, 2)).unwrap();
+    assert_eq!(namespace.usage().unwrap().free_bytes, 0);
+    namespace
+        .change_settings(|settings| settings.maxsize_bytes = 0)
+        .unwrap();
+    media.inject(Fault::Capacity(3000));
+    assert!(matches!(
+        set(&namespace, b"c", &value(3000, 1)),
+        Err(EngineError::NoSpace)
+    ));
+    assert!(delete(&namespace, b"a").unwrap());
+    media.inject(Fault::Unlimited);
+    set(&namespace, b"c", &value(3000, 1)).unwrap();
+}
+
+#[test]
+fn a_failed_sync_stops_writing_but_not_reading() {
+    let media = SimMedia::new();
+    let (_engine, namespace) = opened(&media);
+    set(&namespace, b"a", b"1").unwrap();
+    media.inject(Fault::FailSync(0));
+    assert!(matches!(
+        set(&namespace, b"b", b"2"),
+        Err(EngineError::Stopped { .. })
+    ));
+    assert!(matches!(
+        set(&namespace, b"c", b"3"),
+        Err(EngineError::Stopped { .. })
+    ));
+    assert!(matches!(
+        namespace.is_alive(),
+        Err(EngineError::Stopped { .. })
+    ));
+    assert_eq!(namespace.get_blocking(b"a").unwrap().unwrap(), "1");
+    assert_eq!(namespace.get_blocking(b"b").unwrap(), None);
+}
+
+#[test]
+fn a_removed_directory_is_noticed() {
+    let media = SimMedia::new();
+    let (_engine, namespace) = opened(&media);
+    set(&namespace, b"a", b"1").unwrap();
+    namespace.is_alive().unwrap();
+    media.remove_tree(Path::new(DIR));
+    media.create_dir_all(Path::new(DIR)).unwrap();
+    assert!(matches!(
+        namespace.is_alive(),
+        Err(EngineError::Gone { .. })
+    ));
+    assert!(matches!(
+        namespace.get_blocking(b"a"),
+        Err(EngineError::Gone { .. })
+    ));
+    assert!(matches!(
+        set(&namespace, b"b", b"2"),
+        Err(EngineError::Gone { .. })
+    ));
+    let engine = Engine::open(options(Arc::new(media))).unwrap();
+    assert!(matches!(
+        engine.add_namespace(NamespaceOptions::existing("ns", DIR)),
+        Err(EngineError::Gone { .. })
+    ));
+}
+
+#[test]
+fn sequential_ids_count_up_and_are_never_reused() {
+    let media = SimMedia::new();
+    let sequential = NamespaceOptions {
+        settings: NamespaceSettings {
+            mode: Mode::Sequential,
+            ..NamespaceSettings::default()
+        },
+        ..NamespaceOptions::new("ns", DIR)
+    };
+    let engine = Engine::open(options(Arc::new(media.clone()))).unwrap();
+    let namespace = engine.add_namespace(sequential).unwrap();
+    let id = |namespace: &Namespace, value: &[u8]| {
+        let id = set(namespace, b"", value).unwrap().unwrap();
+        u64::from_le_bytes(id[..].try_into().unwrap())
+    };
+    assert_eq!(id(&namespace, b"zero"), 0);
+    assert_eq!(id(&namespace, b"one"), 1);
+    set(&namespace, &0_u64.to_le_bytes(), b"zero again").unwrap();
+    assert_eq!(id(&namespace, b"three"), 3);
+    assert!(matches!(
+        set(&namespace, &9_u64.to_le_bytes(), b"x"),
+        Err(EngineError::UpdateOnly)
+    ));
+    for number in [0_u64, 1, 3] {
+        delete(&namespace, &number.to_le_bytes()).unwrap();
+    }
+    namespace.compact_now().unwrap();
+    engine.close();
+    drop(namespace);
+    let (_engine, namespace) = opened(&media);
+    namespace.compact_now().unwrap();
+    assert!(id(&namespace, b"later") >= 4);
+}
+
+#[test]
+fn two_processes_cannot_open_one_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk: Arc<dyn Media> = Arc::new(DiskMedia);
+    let first = Engine::open(options(Arc::clone(&disk))).unwrap();
+    let second = Engine::open(options(disk)).unwrap();
+    let namespace = NamespaceOptions::new("ns", dir.path());
+    let held = first.add_namespace(namespace.clone()).unwrap();
+    assert!(matches!(
+        second.add_namespace(namespace.clone()),
+        Err(EngineError::InUse { .. })
+    ));
+    set(&held, b"a", b"1").unwrap();
+    first.close_namespace("ns").unwrap();
+    // Although `held` still exists: closing released the directory.
+    let opened = second.add_namespace(namespace).unwrap();
+    assert_eq!(opened.get_blocking(b"a").unwrap().unwrap(), "1");
+    assert!(matches!(held.get_blocking(b"a"), Err(EngineError::Closed)));
+}
+
+#[test]
+fn background_compaction_keeps_the_disk_small() {
+    let media = SimMedia::new();
+    let engine = Engine::open(EngineOptions {
+        compaction: true,
+        ..options(Arc::new(media.clone()))
+    })
+    .unwrap();
+    let namespace = engine
+        .add_namespace(NamespaceOptions::new("ns", DIR))
+        .unwrap();
+    for round in 0..200_u8 {
+        for k in 0..4 {
+            set(&namespace, &key(k), &value(700, round)).unwrap();
+        }
+    }
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while namespace.usage().unwrap().datafile_bytes > 40_000 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "compaction does not keep up"
+        );
+        std::thread::yield_now();
+    }
+    engine.close();
+    drop(namespace);
+    let (_engine, namespace) = opened(&media);
+    for k in 0..4 {
+        assert_eq!(
+            namespace.get_blocking(&key(k)).unwrap().unwrap(),
+            value(700, 199)
+        );
+    }
+}
