@@ -55,7 +55,8 @@ pub fn moves(
     })
 }
 
-/// Which shards stay: the largest set found, over all thresholds.
+/// Which shards stay: the largest set found, over all thresholds. Greedy, so not proven to be the largest, but no smaller one was ever
+/// found in comparison with brute force.
 fn most_kept(tree: &Tree, rules: &Rules, places: &[Option<usize>]) -> Vec<bool> {
     let mut best: Vec<bool> = Vec::new();
     let mut best_count = 0;
