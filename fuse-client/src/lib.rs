@@ -3,6 +3,7 @@
 pub mod cache;
 pub mod errno;
 pub mod filesystem;
+pub mod fuse;
 pub mod namespace;
 pub mod ports;
 pub mod push;

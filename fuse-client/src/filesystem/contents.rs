@@ -51,7 +51,8 @@ fn to_usize(bytes: u64) -> usize {
 }
 
 impl FileSystem {
-    /// Writes; visible at once, durable after [`FileSystem::sync`]. May wait if the store says so.
+    /// Writes; visible at once, durable after [`FileSystem::sync`]. May wait if the store says so. Answers whether
+    /// set-user-id or set-group-id were cleared, which the writer's kernel cannot know.
     pub fn write(
         &self,
         ino: Ino,
@@ -59,10 +60,10 @@ impl FileSystem {
         data: &[u8],
         clear_privileges: bool,
         caller: Caller,
-    ) -> Result<(), FsError> {
+    ) -> Result<bool, FsError> {
         self.writable()?;
         if data.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         offset
             .checked_add(data.len() as u64)
@@ -77,14 +78,20 @@ impl FileSystem {
             data.len() as u64,
             "the store appends all or fails"
         );
-        self.execute(caller.now, |_| {
+        let mut cleared = false;
+        self.execute(caller.now, |plan| {
+            cleared = clear_privileges
+                && plan
+                    .attributes(ino)?
+                    .is_some_and(|file| file.mode & (libc::S_ISUID | libc::S_ISGID) != 0);
             Ok(Action::Write {
                 ino,
                 offset,
                 extents,
-                clear_privileges,
+                clear_privileges: cleared,
             })
-        })
+        })?;
+        Ok(cleared)
     }
 
     /// Reads what is local into `buffer`, zeroes for holes, and names what is missing.
