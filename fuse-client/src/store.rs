@@ -24,7 +24,7 @@ mod sync;
 mod tests;
 
 use crate::ports::StoreError;
-use append::{Active, OpenData};
+use append::{Active, Gate, OpenData};
 use catalog::{AtRisk, Catalog, LocalFile};
 use handles::{Handles, LocalReadError};
 use keeper::Keeper;
@@ -97,6 +97,7 @@ pub struct LocalStore {
     settings: RwLock<StoreSettings>,
     next_id: AtomicU64,
     active: Active,
+    gate: Gate,
     /// Data datafiles that are open or closing, for readers and syncs.
     open_data: RwLock<BTreeMap<DatafileId, Arc<OpenData>>>,
     catalog: Catalog,
@@ -136,6 +137,7 @@ impl LocalStore {
             settings: RwLock::new(settings),
             next_id: AtomicU64::new(next_id.0),
             active: Active::default(),
+            gate: Gate::default(),
             open_data: RwLock::default(),
             catalog,
             keeper: Keeper::default(),

@@ -151,6 +151,11 @@ impl Lifecycle {
         self.entries.len()
     }
 
+    /// Datafiles that are not committed yet.
+    pub fn ids(&self) -> impl Iterator<Item = DatafileId> + '_ {
+        self.entries.keys().copied()
+    }
+
     /// True while one of `ids` is not committed.
     pub fn any_waiting(&self, up_to: DatafileId) -> bool {
         self.entries.range(..=up_to).next().is_some()

@@ -6,7 +6,7 @@ use super::layout::{DatafileName, Stage};
 use super::pages::PageSums;
 use super::{LocalStore, StoreEvent, WRITER_WAIT_MAX, datafile_error, io_error, now_ms};
 use crate::ports::{DataExtent, StoreError};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use qsfs_zdb::datafile::{Datafile, DatafileHeader, SyncHandle};
 use qsfs_zdb::media::{MediaFile, OpenMode};
 use qsfs_zstor::id::{DatafileId, Stream};
@@ -109,6 +109,35 @@ pub(super) struct ActiveJournal {
 struct ActiveData {
     open: Arc<OpenData>,
     since: Instant,
+}
+
+/// Closed while a checkpoint is taken.
+#[derive(Debug, Default)]
+pub(super) struct Gate {
+    closed: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn wait_open(&self) {
+        let mut closed = self.closed.lock();
+        while *closed {
+            self.changed.wait(&mut closed);
+        }
+    }
+
+    fn close(&self) {
+        let mut closed = self.closed.lock();
+        while *closed {
+            self.changed.wait(&mut closed);
+        }
+        *closed = true;
+    }
+
+    fn open(&self) {
+        *self.closed.lock() = false;
+        self.changed.notify_all();
+    }
 }
 
 /// Both ends. Lock order: journal, then data.
@@ -277,13 +306,17 @@ impl LocalStore {
 
     /// Closes both active datafiles (the keeper makes them durable and seals them): the journal first, then data, so
     /// that no sealed journal names data that is not sealed.
+    ///
+    /// Waits while a checkpoint is being taken: no later journal may be committed before it.
     pub fn rotate(&self) {
+        self.gate.wait_open();
         self.rotate_journal(false);
     }
 
     /// As [`Self::rotate`]; the returned id comes before that of any later journal: a checkpoint that is taken after this
-    /// call may take its place.
+    /// call may take its place. Must be followed by [`Self::close_checkpoint`] or [`Self::abandon_checkpoint`].
     pub fn rotate_for_checkpoint(&self) -> DatafileId {
+        self.gate.close();
         self.rotate_journal(true)
             .unwrap_or_else(|| self.allocate_id())
     }
@@ -332,5 +365,11 @@ impl LocalStore {
             checkpoint: true,
             dead: Vec::new(),
         });
+        self.gate.open();
+    }
+
+    /// No checkpoint after all.
+    pub fn abandon_checkpoint(&self) {
+        self.gate.open();
     }
 }

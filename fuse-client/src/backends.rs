@@ -1,0 +1,324 @@
+//! The backends as this client sees them: addresses and verdicts from metad, connections, and what it found out itself.
+//!
+//! A backend that failed is left alone for a while (doubling, bounded), so that reads and pushes do not wait for its
+//! timeout again and again. metad's verdict counts as well: what is down there is asked last.
+
+use crate::cluster::Cluster;
+use async_trait::async_trait;
+use bytes::Bytes;
+use parking_lot::{Mutex, RwLock};
+use qsfs_proto::api::{Backend, BackendFacts, Intent, MetadError, Verdict};
+use qsfs_zdb::client::{ClientConfig, ClientError, ClientTls, Password, ZdbClient};
+use qsfs_zstor::id::BackendId;
+use qsfs_zstor::placement::{Candidate, Site};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// First time a failed backend is left alone.
+pub const AVOID_FIRST: Duration = Duration::from_secs(2);
+/// Longest time.
+pub const AVOID_MAX: Duration = Duration::from_secs(30);
+/// A full backend is not offered shards for so long.
+pub const AVOID_FULL: Duration = Duration::from_secs(20);
+/// Age after which the list of backends is asked for again.
+pub const REFRESH: Duration = Duration::from_secs(10);
+/// To connect to a backend.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// For one piece.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Connections per backend.
+pub const CONNECTIONS: usize = 2;
+/// Bytes under way per backend.
+pub const INFLIGHT_BYTES: usize = 8 << 20;
+
+/// A backend's key-value verbs. [`ZdbClient`] in production; tests put faults in between.
+#[async_trait]
+pub trait PieceStore: Send + Sync + 'static {
+    /// The value under a key.
+    async fn get(&self, key: &[u8]) -> Result<Option<Bytes>, ClientError>;
+    /// Stores durably.
+    async fn set(&self, key: &[u8], value: Bytes) -> Result<(), ClientError>;
+    /// Deletes; false when it was not there.
+    async fn delete(&self, key: &[u8]) -> Result<bool, ClientError>;
+}
+
+#[async_trait]
+impl PieceStore for ZdbClient {
+    async fn get(&self, key: &[u8]) -> Result<Option<Bytes>, ClientError> {
+        Self::get(self, key).await
+    }
+
+    async fn set(&self, key: &[u8], value: Bytes) -> Result<(), ClientError> {
+        Self::set(self, key, value).await
+    }
+
+    async fn delete(&self, key: &[u8]) -> Result<bool, ClientError> {
+        Self::delete(self, key).await
+    }
+}
+
+/// Makes connections to backends.
+pub trait Connector: Send + Sync + 'static {
+    /// A client of this backend; connects when first used.
+    fn connect(&self, backend: &Backend) -> Arc<dyn PieceStore>;
+}
+
+/// Real connections: TLS with the cluster's CA, except to a 0-db attached from outside.
+#[derive(Debug, Clone)]
+pub struct ZdbConnector {
+    /// TLS configuration of this client's identity.
+    pub tls: Arc<rustls::ClientConfig>,
+}
+
+impl Connector for ZdbConnector {
+    fn connect(&self, backend: &Backend) -> Arc<dyn PieceStore> {
+        let address = &backend.address;
+        Arc::new(ZdbClient::new(ClientConfig {
+            password: address
+                .password
+                .as_ref()
+                .map(|password| Password::new(password.0.clone())),
+            tls: address.tls.then(|| ClientTls {
+                config: Arc::clone(&self.tls),
+                server_name: qsfs_proto::tls::AGENT_SERVER_NAME.to_owned(),
+            }),
+            connect_timeout: CONNECT_TIMEOUT,
+            request_timeout: REQUEST_TIMEOUT,
+            connections: CONNECTIONS,
+            inflight_bytes: INFLIGHT_BYTES,
+            ..ClientConfig::new(address.endpoint.clone(), address.namespace.clone())
+        }))
+    }
+}
+
+struct Known {
+    backend: Backend,
+    client: Arc<dyn PieceStore>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Trouble {
+    until: Instant,
+    wait: Duration,
+}
+
+/// See the module.
+pub struct Backends {
+    cluster: Arc<dyn Cluster>,
+    connector: Box<dyn Connector>,
+    known: RwLock<BTreeMap<BackendId, Known>>,
+    facts: RwLock<BTreeMap<BackendId, BackendFacts>>,
+    trouble: Mutex<BTreeMap<BackendId, Trouble>>,
+    full: Mutex<BTreeMap<BackendId, Instant>>,
+    refreshed: tokio::sync::Mutex<Option<Instant>>,
+}
+
+impl std::fmt::Debug for Backends {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Backends").finish_non_exhaustive()
+    }
+}
+
+impl Backends {
+    /// Nothing known yet.
+    pub fn new(cluster: Arc<dyn Cluster>, connector: Box<dyn Connector>) -> Self {
+        Self {
+            cluster,
+            connector,
+            known: RwLock::default(),
+            facts: RwLock::default(),
+            trouble: Mutex::default(),
+            full: Mutex::default(),
+            refreshed: tokio::sync::Mutex::new(None),
+        }
+    }
+
+    /// Asks metad again unless that was done less than `max_age` ago. Callers at the same time share one question.
+    pub async fn refresh(&self, max_age: Duration) -> Result<(), MetadError> {
+        let mut refreshed = self.refreshed.lock().await;
+        if refreshed.is_some_and(|at| at.elapsed() < max_age) {
+            return Ok(());
+        }
+        let listed = self.cluster.backends().await?;
+        // Facts are soft: placement can do without.
+        let facts = self.cluster.backend_facts().await.unwrap_or_default();
+        *self.facts.write() = facts
+            .into_iter()
+            .map(|facts| (facts.backend, facts))
+            .collect();
+        let mut known = self.known.write();
+        let ids: BTreeSet<BackendId> = listed.iter().map(|backend| backend.id).collect();
+        known.retain(|id, _| ids.contains(id));
+        for backend in listed {
+            match known.get_mut(&backend.id) {
+                Some(old) if old.backend.address == backend.address => old.backend = backend,
+                _ => {
+                    let client = self.connector.connect(&backend);
+                    known.insert(backend.id, Known { backend, client });
+                }
+            }
+        }
+        *refreshed = Some(Instant::now());
+        Ok(())
+    }
+
+    /// A client of the backend; asks metad when it is not known.
+    pub async fn client(&self, id: BackendId) -> Option<Arc<dyn PieceStore>> {
+        if let Some(known) = self.known.read().get(&id) {
+            return Some(Arc::clone(&known.client));
+        }
+        if let Err(error) = self.refresh(Duration::from_secs(1)).await {
+            tracing::warn!(backend = %id, %error, "cannot learn where a backend is");
+        }
+        self.known
+            .read()
+            .get(&id)
+            .map(|known| Arc::clone(&known.client))
+    }
+
+    /// How gladly a backend is asked: 0 is well, higher is worse.
+    pub fn cost(&self, id: BackendId) -> u64 {
+        let troubled = self
+            .trouble
+            .lock()
+            .get(&id)
+            .is_some_and(|trouble| trouble.until > Instant::now());
+        let verdict = self
+            .known
+            .read()
+            .get(&id)
+            .map(|known| known.backend.verdict);
+        let said = match verdict {
+            Some(Verdict::Up) => 0,
+            Some(Verdict::Suspect) => 1,
+            Some(Verdict::Down) => 4,
+            Some(Verdict::Lost) | None => 8,
+        };
+        said + if troubled { 4 } else { 0 }
+    }
+
+    /// True when it should be asked only if nothing else is left.
+    pub fn avoided(&self, id: BackendId) -> bool {
+        self.cost(id) >= 4
+    }
+
+    /// It answered.
+    pub fn note_ok(&self, id: BackendId) {
+        self.trouble.lock().remove(&id);
+    }
+
+    /// It could not be reached or did not answer in time.
+    pub fn note_failed(&self, id: BackendId) {
+        let mut trouble = self.trouble.lock();
+        let now = Instant::now();
+        let wait = match trouble.get(&id) {
+            // Many requests fail at once; that is one failure.
+            Some(known) if known.until > now => return,
+            Some(known) => (known.wait * 2).min(AVOID_MAX),
+            None => AVOID_FIRST,
+        };
+        trouble.insert(
+            id,
+            Trouble {
+                until: now + wait,
+                wait,
+            },
+        );
+    }
+
+    /// It is full.
+    pub fn note_full(&self, id: BackendId) {
+        self.full.lock().insert(id, Instant::now() + AVOID_FULL);
+    }
+
+    /// Backends that new shards should not go to, by what this client found out.
+    pub fn unfit(&self) -> BTreeSet<BackendId> {
+        let now = Instant::now();
+        let full = self.full.lock();
+        let trouble = self.trouble.lock();
+        let full = full
+            .iter()
+            .filter(|(_, until)| **until > now)
+            .map(|(id, _)| *id);
+        full.chain(
+            trouble
+                .iter()
+                .filter(|(_, trouble)| trouble.until > now)
+                .map(|(id, _)| *id),
+        )
+        .collect()
+    }
+
+    /// Those that may take new shards.
+    pub fn candidates(&self, without: &BTreeSet<BackendId>) -> Vec<Candidate> {
+        let facts = self.facts.read();
+        self.known
+            .read()
+            .values()
+            .map(|known| &known.backend)
+            .filter(|backend| backend.verdict == Verdict::Up && backend.intent == Intent::Serve)
+            .filter(|backend| !without.contains(&backend.id))
+            .map(|backend| Candidate {
+                backend: backend.id,
+                location: backend.location.clone(),
+                node: backend.node.clone(),
+                free_bytes: facts
+                    .get(&backend.id)
+                    .map_or(backend.capacity_bytes, |facts| facts.free_bytes),
+            })
+            .collect()
+    }
+
+    /// Where a backend is, if it is reachable as far as is known.
+    pub fn living_site(&self, id: BackendId) -> Option<Site> {
+        let known = self.known.read();
+        let backend = &known.get(&id)?.backend;
+        let lives = matches!(backend.verdict, Verdict::Up | Verdict::Suspect)
+            && backend.intent != Intent::Retire;
+        lives.then(|| Site {
+            backend: id,
+            location: backend.location.clone(),
+            node: backend.node.clone(),
+        })
+    }
+
+    /// Where a backend is, whether it answers now or not; `None` when it is lost or retired.
+    pub fn site(&self, id: BackendId) -> Option<Site> {
+        let known = self.known.read();
+        let backend = &known.get(&id)?.backend;
+        let there = backend.verdict != Verdict::Lost && backend.intent != Intent::Retire;
+        there.then(|| Site {
+            backend: id,
+            location: backend.location.clone(),
+            node: backend.node.clone(),
+        })
+    }
+
+    /// What metad last said of a backend.
+    pub fn describe(&self, id: BackendId) -> Option<Backend> {
+        self.known
+            .read()
+            .get(&id)
+            .map(|known| known.backend.clone())
+    }
+
+    /// Bytes in all and free on the backends that are up, as last heard.
+    pub fn raw_capacity(&self) -> (u64, u64) {
+        let facts = self.facts.read();
+        let known = self.known.read();
+        let up = known
+            .values()
+            .map(|known| &known.backend)
+            .filter(|backend| backend.verdict == Verdict::Up);
+        up.fold((0, 0), |(total, free), backend| {
+            let left = facts
+                .get(&backend.id)
+                .map_or(backend.capacity_bytes, |facts| facts.free_bytes);
+            (
+                total + backend.capacity_bytes,
+                free + left.min(backend.capacity_bytes),
+            )
+        })
+    }
+}
