@@ -9,7 +9,6 @@
 use crate::key::{CHUNK_KEY_CONTEXT, ObjectIds, VolumeKey};
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use std::sync::{Mutex, PoisonError};
-use zeroize::Zeroizing;
 use zstd::bulk::{Compressor, Decompressor};
 
 /// Plaintext bytes per chunk, unless told otherwise.
@@ -137,7 +136,7 @@ impl ChunkSealer {
         }
     }
 
-    /// Appends the sealed chunk to `out`. Each chunk number must be sealed with one plaintext only: sealing another
+    /// Appends the sealed chunk to `out`. Deterministic. Each chunk number must be sealed with one plaintext only: sealing another
     /// one under the same number and salt would break the cipher.
     pub fn seal(
         &self,
@@ -254,8 +253,7 @@ impl ChunkOpener {
         if !entry.compressed {
             return Ok(cipher);
         }
-        let packed = Zeroizing::new(cipher);
-        self.decompress(chunk, &packed, plain_bytes)
+        self.decompress(chunk, &cipher, plain_bytes)
     }
 
     fn decompress(

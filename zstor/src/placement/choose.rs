@@ -175,7 +175,7 @@ pub(super) fn missing(policy: &Policy, geometry: Geometry, rules: &Rules, usable
                 format!("only {got}")
             };
             given_up.push(format!(
-                "should survive the loss of any {}, survives {got}",
+                "should survive the loss of any {} but survives {got}",
                 plural(asked, noun)
             ));
         }

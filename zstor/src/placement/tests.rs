@@ -488,6 +488,25 @@ fn a_kept_shard_on_an_unknown_backend_is_refused() {
 }
 
 #[test]
+fn shards_are_spread_evenly_and_data_shards_are_not_all_at_one_location() {
+    let candidates = cluster(&[&[2, 2], &[4], &[1, 1, 1, 1]], 1 << 40);
+    let policy = policy(geometry(4, 2), 1, 1);
+    let placement = choose(&policy, policy.geometry, 1 << 24, &candidates, &[]).unwrap();
+    let counts = counts_of(&candidates, &placement.backends);
+    let at_location: Vec<usize> = counts.chunks(4).map(|counts| counts.iter().sum()).collect();
+    assert_eq!(at_location, vec![2, 2, 2]);
+    assert!(
+        counts[0] + counts[1] == 1,
+        "one on each of the two nodes of the first location"
+    );
+    let of_data: BTreeSet<_> = placement.backends[..3]
+        .iter()
+        .map(|backend| (backend.0 - 1) / 4)
+        .collect();
+    assert_eq!(of_data.len(), 3);
+}
+
+#[test]
 fn more_free_space_is_taken_first_within_a_node() {
     let mut candidates = cluster(&[&[3], &[3]], 1000);
     candidates[1].free_bytes = 5000;
