@@ -120,6 +120,9 @@ impl Stored {
             ObjectHeader::decode(key, stripe.ids(), chunk_bytes, plain_bytes, &bytes).ok()?;
         let opener = ChunkOpener::new(key, stripe.ids());
         let chunks = header.chunks_covering(plain.start as u64..plain.end as u64);
+        if chunks.is_empty() {
+            return Some(Vec::new());
+        }
         let mut out = Vec::new();
         for chunk in chunks.clone() {
             let cipher = self.object_range(header.object_range(chunk..chunk + 1))?;
