@@ -4,20 +4,36 @@
 //! deadline per attempt and jittered backoff. A mutation keeps its [`RequestId`] through all attempts, so metad applies it once.
 //! It ends as the answer; as `NoQuorum` or `Unreachable` when certainly no attempt was applied; as `Unknown` otherwise.
 
+mod attempt;
+mod session;
+
+#[cfg(test)]
+mod tests;
+
 use crate::api::{
     Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Member,
     MetadError, Mutation, PlacementAnswer, TokenInfo, Volume,
 };
+use crate::channel::endpoint_of;
 use crate::identity::Identity;
 use crate::server::{Consistency, RequestId};
 use crate::status::Status;
+use crate::tls::grpc_client_config;
 use crate::verb::{Answer, Query};
+use crate::wire::{Wire, WireError, pb};
+use attempt::{Kind, Nodes};
 use qsfs_zstor::id::{
     AgentId, BackendId, ClientId, DatafileId, MetadId, Stream, VolumeId, VolumeName,
 };
 use qsfs_zstor::record::EncodingRecord;
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, timeout_at};
+use tonic::Request;
 
 /// Most mutations of one client in flight; more wait for their turn (within their deadline).
 pub const MUTATIONS_IN_FLIGHT_MAX: usize = 64;
@@ -57,9 +73,70 @@ impl Default for Timing {
 }
 
 /// A client of one cluster. Clones share connections and the session.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct MetadClient {
+    shared: Arc<Shared>,
     consistency: Consistency,
+}
+
+struct Shared {
+    nodes: Nodes,
+    client: ClientId,
+    session: u64,
+    applied: AtomicU64,
+    sequences: Mutex<Sequences>,
+    in_flight: Semaphore,
+}
+
+#[derive(Default)]
+struct Sequences {
+    newest: u64,
+    pending: BTreeSet<u64>,
+}
+
+/// One mutation's number; no longer pending when dropped, however its call ends.
+struct Pending<'a> {
+    shared: &'a Shared,
+    id: RequestId,
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        self.shared.sequences().pending.remove(&self.id.sequence);
+    }
+}
+
+impl Shared {
+    fn sequences(&self) -> MutexGuard<'_, Sequences> {
+        // No step under the lock can leave it half done.
+        self.sequences
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn number(&self) -> Pending<'_> {
+        let mut sequences = self.sequences();
+        sequences.newest += 1;
+        let sequence = sequences.newest;
+        sequences.pending.insert(sequence);
+        let oldest_pending = sequences.pending.first().copied().unwrap_or(sequence);
+        let id = RequestId {
+            client: self.client,
+            session: self.session,
+            sequence,
+            oldest_pending,
+        };
+        Pending { shared: self, id }
+    }
+}
+
+impl fmt::Debug for MetadClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MetadClient")
+            .field("client", &self.shared.client)
+            .field("consistency", &self.consistency)
+            .finish_non_exhaustive()
+    }
 }
 
 /// An agent's half of its session.
@@ -85,8 +162,24 @@ impl MetadClient {
         client: ClientId,
         timing: Timing,
     ) -> Result<Self, MetadError> {
-        let _ = (endpoints, identity, client, timing);
+        if endpoints.is_empty() {
+            return Err(MetadError::Invalid("no metad endpoints are given".into()));
+        }
+        for endpoint in &endpoints {
+            endpoint_of(endpoint).map_err(MetadError::Invalid)?;
+        }
+        let config = grpc_client_config(identity)
+            .map_err(|error| MetadError::Unreachable(error.to_string()))?;
+        let shared = Shared {
+            nodes: Nodes::new(endpoints, config, identity.cluster(), timing),
+            client,
+            session: rand::random(),
+            applied: AtomicU64::new(0),
+            sequences: Mutex::default(),
+            in_flight: Semaphore::new(MUTATIONS_IN_FLIGHT_MAX),
+        };
         Ok(Self {
+            shared: Arc::new(shared),
             consistency: Consistency::Linearizable,
         })
     }
@@ -95,19 +188,20 @@ impl MetadClient {
     #[must_use]
     pub fn stale(&self) -> Self {
         Self {
+            shared: self.shared.clone(),
             consistency: Consistency::Stale,
         }
     }
 
     /// Highest applied index behind an answer to a read so far.
     pub fn applied(&self) -> u64 {
-        0
+        self.shared.applied.load(Ordering::Relaxed)
     }
 
     /// Applies a mutation exactly once, within [`Timing::mutation`].
     pub async fn mutate(&self, mutation: Mutation) -> Result<Applied, MetadError> {
-        self.mutate_within(mutation, Timing::default().mutation)
-            .await
+        let deadline = self.shared.nodes.timing.mutation;
+        self.mutate_within(mutation, deadline).await
     }
 
     /// Applies a mutation exactly once, within `deadline`. `Unknown` means: it may have been applied or not, and will not be later
@@ -117,8 +211,27 @@ impl MetadClient {
         mutation: Mutation,
         deadline: Duration,
     ) -> Result<Applied, MetadError> {
-        let _ = (mutation, deadline, None::<RequestId>);
-        Err(MetadError::Unreachable("wire is not there yet".into()))
+        let shared = &*self.shared;
+        let deadline = Instant::now() + deadline;
+        let turn = timeout_at(deadline, shared.in_flight.acquire()).await;
+        let _turn = turn.map_err(|_| {
+            MetadError::NoQuorum(format!(
+                "not sent: {MUTATIONS_IN_FLIGHT_MAX} earlier mutations still wait for their answers"
+            ))
+        })?;
+        let pending = shared.number();
+        let message = pb::MutateRequest {
+            id: pending.id.to_wire(),
+            mutation: mutation.to_wire(),
+        };
+        let applied = shared
+            .nodes
+            .run(Kind::Mutation, deadline, |mut stub, limit| {
+                let mut request = Request::new(message.clone());
+                request.set_timeout(limit);
+                async move { Ok(stub.mutate(request).await?.into_inner()) }
+            });
+        Applied::from_wire(applied.await?).map_err(unreadable)
     }
 
     /// By name.
@@ -306,8 +419,11 @@ impl MetadClient {
     /// Opens the agent's session with the leader. It ends (the receiver gives `None`, perhaps after an error) when the leader
     /// changes or the connection breaks; the caller opens another, with backoff.
     pub async fn agent_session(&self, agent: AgentId) -> Result<AgentSession, MetadError> {
-        let _ = agent;
-        Err(MetadError::Unreachable("wire is not there yet".into()))
+        let nodes = &self.shared.nodes;
+        let deadline = Instant::now() + nodes.timing.read;
+        nodes
+            .run(Kind::Read, deadline, |stub, _| session::open(stub, agent))
+            .await
     }
 
     async fn done(&self, query: Query) -> Result<(), MetadError> {
@@ -318,9 +434,25 @@ impl MetadClient {
     }
 
     async fn ask(&self, query: Query) -> Result<Answer, MetadError> {
-        let _ = (query, self.consistency);
-        Err(MetadError::Unreachable("wire is not there yet".into()))
+        let shared = &*self.shared;
+        let deadline = Instant::now() + shared.nodes.timing.read;
+        let message = pb::AskRequest {
+            stale: self.consistency == Consistency::Stale,
+            query: query.to_wire(),
+        };
+        let reply = shared.nodes.run(Kind::Read, deadline, |mut stub, limit| {
+            let mut request = Request::new(message.clone());
+            request.set_timeout(limit);
+            async move { Ok(stub.ask(request).await?.into_inner()) }
+        });
+        let reply = reply.await?;
+        shared.applied.fetch_max(reply.applied, Ordering::Relaxed);
+        Answer::from_wire(reply.answer).map_err(unreadable)
     }
+}
+
+fn unreadable(error: WireError) -> MetadError {
+    MetadError::Unreachable(format!("metad's answer does not parse: {error}"))
 }
 
 fn mismatch() -> MetadError {

@@ -24,4 +24,6 @@ pub mod status;
 pub mod tls;
 pub mod token;
 
+mod channel;
 mod verb;
+mod wire;

@@ -3,14 +3,24 @@
 //! Invariants: no request body of a caller without certificate is read except a join; the role table (`server/roles.rs`) is asked before every verb; a
 //! slow or hostile connection costs at most one of [`CONNECTIONS_MAX`] places and ends by a deadline.
 
+mod accept;
+mod grpc;
+mod roles;
+
+use accept::incoming;
+use grpc::{Grpc, check_member, check_metad, check_version};
+
 use crate::api::{
     Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, JoinGrant,
     JoinRequest, Member, MetadError, Mutation, PlacementAnswer, TokenInfo, Volume,
 };
 use crate::identity::{Identity, PeerIdentity};
-use crate::raft::RaftRpc;
+use crate::raft::{RAFT_FRAME_BYTES_MAX, RaftRpc};
 use crate::status::Status;
-use crate::tls::TlsError;
+use crate::tls::{self, ClientAuth, TlsError};
+use crate::wire::pb::join_server::JoinServer;
+use crate::wire::pb::metad_server::MetadServer;
+use crate::wire::pb::raft_server::RaftServer;
 use async_trait::async_trait;
 use bytes::Bytes;
 use qsfs_zstor::id::{
@@ -18,14 +28,30 @@ use qsfs_zstor::id::{
 };
 use qsfs_zstor::record::EncodingRecord;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::Server;
 
 /// Most connections a metad node serves at once, handshakes included.
 pub const CONNECTIONS_MAX: usize = 4_096;
 /// Orders or reports that may wait in an agent session, each way.
 pub const SESSION_QUEUE_MAX: usize = 64;
+/// Largest request or answer outside the Raft channel.
+pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// Largest join request.
+const JOIN_BYTES_MAX: usize = 128 << 10;
+/// Most calls in flight on one connection.
+const STREAMS_MAX: u32 = 256;
+/// Open calls may take so long after `shutdown`.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
+/// Between HTTP/2 pings, at both ends.
+pub(crate) const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
+/// A ping without answer for so long: the connection is dead.
+pub(crate) const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Names one mutation for exactly-once: a repeat of it must be answered as the first time, not applied again.
 ///
@@ -214,7 +240,38 @@ pub async fn serve(
     raft: Arc<dyn RaftTransport>,
     shutdown: CancellationToken,
 ) -> Result<(), ServeError> {
-    let _ = (listener, identity, service, raft);
-    shutdown.cancelled().await;
-    Ok(())
+    let config = tls::grpc_server_config(identity, ClientAuth::Optional)?;
+    let grpc = Arc::new(Grpc {
+        own: identity.peer().clone(),
+        service,
+        raft,
+    });
+    let join = JoinServer::from_arc(grpc.clone()).max_decoding_message_size(JOIN_BYTES_MAX);
+    let metad = MetadServer::from_arc(grpc.clone())
+        .max_decoding_message_size(MESSAGE_BYTES_MAX)
+        .max_encoding_message_size(MESSAGE_BYTES_MAX);
+    let raft = RaftServer::from_arc(grpc)
+        .max_decoding_message_size(RAFT_FRAME_BYTES_MAX)
+        .max_encoding_message_size(RAFT_FRAME_BYTES_MAX);
+    let kill = CancellationToken::new();
+    // However this future ends, its connections do too.
+    let _kill_at_end = kill.clone().drop_guard();
+    let serving = Server::builder()
+        .max_concurrent_streams(STREAMS_MAX)
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .add_service(InterceptedService::new(join, check_version))
+        .add_service(InterceptedService::new(metad, check_member))
+        .add_service(InterceptedService::new(raft, check_metad))
+        .serve_with_incoming_shutdown(
+            incoming(listener, config, kill.clone()),
+            shutdown.clone().cancelled_owned(),
+        );
+    tokio::select! {
+        ended = serving => Ok(ended?),
+        () = async {
+            shutdown.cancelled().await;
+            sleep(SHUTDOWN_GRACE).await;
+        } => Ok(()),
+    }
 }

@@ -1,0 +1,299 @@
+//! The loop of attempts under every call of the client: which node next, when to pause, what the end means.
+
+use super::Timing;
+use crate::api::MetadError;
+use crate::channel::{Versioned, connect, describe, versioned};
+use crate::server::{CallError, MESSAGE_BYTES_MAX};
+use crate::wire::pb::HelloRequest;
+use crate::wire::pb::metad_client::MetadClient as Stub;
+use crate::wire::{Wire, error_of};
+use qsfs_zstor::id::ClusterId;
+use rand::Rng;
+use rustls::ClientConfig;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tonic::{Code, Request, Status};
+
+/// Most nodes a client remembers: those it was given and those it learned.
+const NODES_MAX: usize = 32;
+
+/// May a request that got no answer have been carried out?
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Asking again is harmless, no answer is no harm.
+    Read,
+    /// No answer is "unknown".
+    Mutation,
+}
+
+/// Connections and what is known of the cluster, shared by all clones.
+pub(super) struct Nodes {
+    config: Arc<ClientConfig>,
+    cluster: ClusterId,
+    pub(super) timing: Timing,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// Given and learned, in that order.
+    known: Vec<String>,
+    /// Where the last call succeeded, or where a hint points.
+    leader: Option<String>,
+    open: HashMap<String, Stub<Versioned>>,
+}
+
+/// How one attempt ended without an answer.
+enum Failed {
+    /// The call is over.
+    Final(MetadError),
+    /// Another node leads.
+    Redirected(Option<String>),
+    /// Try again. `sent`: the request may have been carried out.
+    Lost { reason: String, sent: bool },
+}
+
+/// What the attempts so far say about the end.
+#[derive(Default)]
+struct Trail {
+    /// Why it is not certain that the mutation was not applied.
+    uncertain: Option<String>,
+    /// A node of the cluster answered, but could not do it.
+    no_leader: Option<String>,
+    /// Newest failure to reach one.
+    unreachable: Option<String>,
+}
+
+/// Whose turn it is within one call.
+#[derive(Default)]
+struct Turn {
+    tries: usize,
+    cursor: usize,
+}
+
+impl Trail {
+    fn verdict(self, kind: Kind) -> MetadError {
+        match (kind, self.uncertain, self.no_leader, self.unreachable) {
+            (Kind::Mutation, Some(reason), _, _) => MetadError::Unknown(reason),
+            (_, _, Some(reason), _) => MetadError::NoQuorum(reason),
+            (_, Some(reason), None, _) | (_, None, None, Some(reason)) => {
+                MetadError::Unreachable(reason)
+            }
+            (_, None, None, None) => {
+                MetadError::Unreachable("the deadline ended before an attempt".into())
+            }
+        }
+    }
+}
+
+impl Nodes {
+    pub(super) fn new(
+        endpoints: Vec<String>,
+        config: Arc<ClientConfig>,
+        cluster: ClusterId,
+        timing: Timing,
+    ) -> Self {
+        let state = State {
+            known: endpoints,
+            leader: None,
+            open: HashMap::new(),
+        };
+        Self {
+            config,
+            cluster,
+            timing,
+            state: Mutex::new(state),
+        }
+    }
+
+    /// Tries until an answer, a refusal, or the deadline. `call` is given a stub and the attempt's deadline.
+    pub(super) async fn run<T, F>(
+        &self,
+        kind: Kind,
+        deadline: Instant,
+        call: impl Fn(Stub<Versioned>, Duration) -> F,
+    ) -> Result<T, MetadError>
+    where
+        F: Future<Output = Result<T, Status>>,
+    {
+        let mut trail = Trail::default();
+        let mut pause = self.timing.backoff;
+        let mut turn = Turn::default();
+        let mut hinted = None;
+        loop {
+            let (address, round_over) = self.next(hinted.take(), &mut turn);
+            if round_over {
+                let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.5));
+                if timeout_at(deadline, sleep(jittered)).await.is_err() {
+                    return Err(trail.verdict(kind));
+                }
+                pause = (pause * 2).min(self.timing.backoff_max);
+            }
+            if Instant::now() >= deadline {
+                return Err(trail.verdict(kind));
+            }
+            match self.attempt(&address, deadline, &call).await {
+                Ok(answer) => {
+                    self.lock().leader = Some(address);
+                    return Ok(answer);
+                }
+                Err(Failed::Final(error)) => return Err(error),
+                Err(Failed::Redirected(hint)) => {
+                    let text = format!("{address} does not lead and knows ");
+                    let known = hint.as_deref().unwrap_or("no leader").to_owned();
+                    trail.no_leader = Some(text + &known);
+                    self.learn(hint.as_deref());
+                    hinted = hint.filter(|hint| *hint != address);
+                }
+                Err(Failed::Lost { reason, sent }) => {
+                    let reason = format!("{address}: {reason}");
+                    self.forget_leader(&address);
+                    if sent {
+                        trail.no_leader = Some(reason.clone());
+                        trail.uncertain = Some(reason);
+                    } else {
+                        trail.unreachable = Some(reason);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The hinted node, else at first the leader as known, else each in turn. True after a round of tries without a pause.
+    fn next(&self, hinted: Option<String>, turn: &mut Turn) -> (String, bool) {
+        let state = self.lock();
+        let known = state.known.len().max(1);
+        let round_over = turn.tries > 0 && turn.tries.is_multiple_of(known + 1);
+        let first = if turn.tries == 0 {
+            state.leader.clone()
+        } else {
+            None
+        };
+        turn.tries += 1;
+        let address = hinted.or(first).unwrap_or_else(|| {
+            // Hints do not use up a turn: a follower that hints at a dead leader for ever must not hide the others.
+            let next = state.known.get(turn.cursor % known).cloned();
+            turn.cursor += 1;
+            next.unwrap_or_default()
+        });
+        (address, round_over)
+    }
+
+    async fn attempt<T, F>(
+        &self,
+        address: &str,
+        deadline: Instant,
+        call: &impl Fn(Stub<Versioned>, Duration) -> F,
+    ) -> Result<T, Failed>
+    where
+        F: Future<Output = Result<T, Status>>,
+    {
+        let stub = self.stub(address, deadline).await?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        let limit = left.min(self.timing.attempt);
+        let ended = timeout(limit, call(stub, limit)).await;
+        let failed = match ended {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(status)) => classify(&status),
+            Err(_) => Failed::Lost {
+                reason: format!("no answer within {limit:?}"),
+                sent: true,
+            },
+        };
+        if matches!(failed, Failed::Lost { .. }) {
+            // It may hang (a partition); the next attempt connects anew.
+            self.lock().open.remove(address);
+        }
+        Err(failed)
+    }
+
+    /// An open connection, or a new one that has proven to be a node of our cluster: what fails here was certainly not sent.
+    async fn stub(&self, address: &str, deadline: Instant) -> Result<Stub<Versioned>, Failed> {
+        if let Some(stub) = self.lock().open.get(address) {
+            return Ok(stub.clone());
+        }
+        let lost = |reason: String| Failed::Lost {
+            reason,
+            sent: false,
+        };
+        let left = deadline.saturating_duration_since(Instant::now());
+        let limit = left.min(self.timing.connect);
+        let greeted = timeout(limit, async {
+            let channel = connect(address, self.config.clone(), limit)
+                .await
+                .map_err(lost)?;
+            let mut stub = Stub::new(versioned(channel))
+                .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                .max_encoding_message_size(MESSAGE_BYTES_MAX);
+            let mut request = Request::new(HelloRequest {});
+            request.set_timeout(limit);
+            match stub.hello(request).await {
+                Ok(hello) => Ok((stub, hello.into_inner())),
+                Err(status) => match classify(&status) {
+                    Failed::Final(error) => Err(Failed::Final(error)),
+                    Failed::Redirected(_) => Err(lost("it does not greet".into())),
+                    Failed::Lost { reason, .. } => Err(lost(reason)),
+                },
+            }
+        });
+        let (stub, hello) = greeted
+            .await
+            .map_err(|_| lost(format!("no greeting within {limit:?}")))??;
+        if ClusterId::from_wire(hello.cluster) != Ok(self.cluster) {
+            return Err(lost("it is a node of another cluster".into()));
+        }
+        self.lock().open.insert(address.to_owned(), stub.clone());
+        Ok(stub)
+    }
+
+    fn learn(&self, leader: Option<&str>) {
+        let mut state = self.lock();
+        state.leader = leader.map(str::to_owned);
+        if let Some(leader) = leader
+            && state.known.len() < NODES_MAX
+            && !state.known.iter().any(|known| known == leader)
+        {
+            state.known.push(leader.to_owned());
+        }
+    }
+
+    fn forget_leader(&self, address: &str) {
+        let mut state = self.lock();
+        if state.leader.as_deref() == Some(address) {
+            state.leader = None;
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        // No step under the lock can leave it half done.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn classify(status: &Status) -> Failed {
+    match error_of(status) {
+        Some(CallError::NotLeader { leader }) => Failed::Redirected(leader),
+        // "Certainly not applied": but perhaps by an attempt before.
+        Some(CallError::Refused(MetadError::NoQuorum(_))) => Failed::Redirected(None),
+        Some(CallError::Refused(MetadError::Unknown(reason) | MetadError::Unreachable(reason))) => {
+            Failed::Lost { reason, sent: true }
+        }
+        Some(CallError::Refused(error)) => Failed::Final(error),
+        None => classify_transport(status),
+    }
+}
+
+fn classify_transport(status: &Status) -> Failed {
+    let reason = describe(status);
+    match status.code() {
+        Code::OutOfRange | Code::ResourceExhausted | Code::InvalidArgument => {
+            Failed::Final(MetadError::Invalid(reason))
+        }
+        Code::PermissionDenied | Code::Unauthenticated => Failed::Final(MetadError::Denied(reason)),
+        Code::Unimplemented => Failed::Final(MetadError::Unreachable(format!(
+            "metad does not know this request, it is of another version: {reason}"
+        ))),
+        _ => Failed::Lost { reason, sent: true },
+    }
+}

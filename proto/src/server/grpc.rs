@@ -1,0 +1,341 @@
+//! The gRPC face: parse, ask the role table, call the service, answer.
+
+use super::accept::ConnectedPeer;
+use super::roles::{opens, permit_mutation, permit_query, permit_session};
+use super::{CallError, Consistency, MetadService, RaftTransport, SESSION_QUEUE_MAX};
+use crate::api::{AgentReport, MetadError, Mutation, Role};
+use crate::client::{PAGE_MAX, RECORDS_MAX};
+use crate::identity::PeerIdentity;
+use crate::verb::{Answer, Query};
+use crate::wire::{PROTOCOL_KEY, PROTOCOL_VERSION, Wire, WireError, pb, status_of};
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use qsfs_zstor::id::{AgentId, MetadId};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::debug;
+
+/// An agent names itself within so long after it opened a session.
+const SESSION_OPEN_DEADLINE: Duration = Duration::from_secs(5);
+
+pub(super) struct Grpc {
+    pub(super) own: PeerIdentity,
+    pub(super) service: Arc<dyn MetadService>,
+    pub(super) raft: Arc<dyn RaftTransport>,
+}
+
+fn refuse(error: MetadError) -> Status {
+    status_of(&error.into())
+}
+
+fn invalid(error: impl std::fmt::Display) -> Status {
+    refuse(MetadError::Invalid(error.to_string()))
+}
+
+/// Runs before a request's body is read: the version must be ours, and strangers only join.
+pub(super) fn check_version(request: Request<()>) -> Result<Request<()>, Status> {
+    match request.metadata().get(PROTOCOL_KEY) {
+        Some(version) if version == PROTOCOL_VERSION => Ok(request),
+        other => Err(invalid(format_args!(
+            "this metad speaks protocol {PROTOCOL_VERSION}, the caller {}",
+            other.map_or("none", |version| version.to_str().unwrap_or("another"))
+        ))),
+    }
+}
+
+/// Members of the cluster only.
+pub(super) fn check_member(request: Request<()>) -> Result<Request<()>, Status> {
+    let request = check_version(request)?;
+    caller(request.extensions())?;
+    Ok(request)
+}
+
+/// metad nodes only.
+pub(super) fn check_metad(request: Request<()>) -> Result<Request<()>, Status> {
+    let request = check_version(request)?;
+    let peer = caller(request.extensions())?;
+    if peer.role == Role::Metad {
+        Ok(request)
+    } else {
+        let text = format!("a certificate of role {} is no metad node's", peer.role);
+        Err(refuse(MetadError::Denied(text)))
+    }
+}
+
+fn caller(extensions: &tonic::Extensions) -> Result<PeerIdentity, Status> {
+    match extensions.get::<ConnectedPeer>() {
+        Some(ConnectedPeer(Some(peer))) => Ok(peer.clone()),
+        Some(ConnectedPeer(None)) | None => Err(refuse(MetadError::Denied(
+            "no client certificate was sent; join the cluster first".into(),
+        ))),
+    }
+}
+
+#[tonic::async_trait]
+impl pb::join_server::Join for Grpc {
+    async fn join(
+        &self,
+        request: Request<pb::JoinRequest>,
+    ) -> Result<Response<pb::JoinGrant>, Status> {
+        let request = Wire::from_wire(request.into_inner()).map_err(invalid)?;
+        let grant = self
+            .service
+            .join(request)
+            .await
+            .map_err(|error| status_of(&error))?;
+        Ok(Response::new(grant.to_wire()))
+    }
+}
+
+#[tonic::async_trait]
+impl pb::raft_server::Raft for Grpc {
+    async fn call(
+        &self,
+        request: Request<pb::RaftMessage>,
+    ) -> Result<Response<pb::RaftReply>, Status> {
+        let from = caller(request.extensions())?;
+        let message = request.into_inner();
+        let own = self.own.metad_id();
+        if own != Some(MetadId(message.target)) {
+            let text = format!("this is {}, not metad {}", self.own, message.target);
+            return Err(invalid(text));
+        }
+        let from = from.metad_id().ok_or_else(|| invalid("no metad id"))?;
+        let rpc = Wire::from_wire(message.rpc).map_err(invalid)?;
+        let kind = match self.raft.handle(from, rpc, message.payload).await {
+            Ok(payload) => pb::raft_reply::Kind::Payload(payload),
+            Err(error) => pb::raft_reply::Kind::Error(error),
+        };
+        Ok(Response::new(pb::RaftReply { kind: Some(kind) }))
+    }
+}
+
+#[tonic::async_trait]
+impl pb::metad_server::Metad for Grpc {
+    type AgentSessionStream = BoxStream<'static, Result<pb::AgentOrder, Status>>;
+
+    async fn hello(
+        &self,
+        _request: Request<pb::HelloRequest>,
+    ) -> Result<Response<pb::HelloReply>, Status> {
+        Ok(Response::new(pb::HelloReply {
+            cluster: self.own.cluster.to_wire(),
+            metad: self.own.metad_id().map_or(0, |id| id.0),
+        }))
+    }
+
+    async fn mutate(
+        &self,
+        request: Request<pb::MutateRequest>,
+    ) -> Result<Response<pb::Applied>, Status> {
+        let peer = caller(request.extensions())?;
+        let message = request.into_inner();
+        let id = Wire::from_wire(message.id).map_err(invalid)?;
+        let mutation: Mutation = Wire::from_wire(message.mutation).map_err(invalid)?;
+        check_mutation_size(&mutation).map_err(invalid)?;
+        permit_mutation(&peer, &mutation).map_err(refuse)?;
+        let applied = self
+            .service
+            .mutate(&peer, id, mutation)
+            .await
+            .map_err(|error| status_of(&error))?;
+        Ok(Response::new(applied.to_wire()))
+    }
+
+    async fn ask(
+        &self,
+        request: Request<pb::AskRequest>,
+    ) -> Result<Response<pb::AskReply>, Status> {
+        let peer = caller(request.extensions())?;
+        let message = request.into_inner();
+        let query: Query = Wire::from_wire(message.query).map_err(invalid)?;
+        check_query_size(&query).map_err(invalid)?;
+        permit_query(&peer, &query).map_err(refuse)?;
+        let consistency = if message.stale {
+            Consistency::Stale
+        } else {
+            Consistency::Linearizable
+        };
+        let (applied, answer) = self
+            .answer(&peer, query, consistency)
+            .await
+            .map_err(|error| status_of(&error))?;
+        Ok(Response::new(pb::AskReply {
+            applied,
+            answer: answer.to_wire(),
+        }))
+    }
+
+    async fn agent_session(
+        &self,
+        request: Request<Streaming<pb::SessionFrame>>,
+    ) -> Result<Response<Self::AgentSessionStream>, Status> {
+        let peer = caller(request.extensions())?;
+        permit_session(&peer).map_err(refuse)?;
+        let mut frames = request.into_inner();
+        let first = timeout(SESSION_OPEN_DEADLINE, frames.message())
+            .await
+            .map_err(|_| invalid("the session's first frame did not come"))??;
+        let Some(pb::session_frame::Kind::Open(agent)) = first.and_then(|frame| frame.kind) else {
+            return Err(invalid("a session begins with the agent's id"));
+        };
+        let (reports, receiver) = mpsc::channel(SESSION_QUEUE_MAX);
+        tokio::spawn(forward_reports(frames, reports));
+        let orders = self
+            .service
+            .agent_session(&peer, AgentId(agent), receiver)
+            .await
+            .map_err(|error| status_of(&error))?;
+        let orders = ReceiverStream::new(orders).map(|order| Ok(order.to_wire()));
+        Ok(Response::new(orders.boxed()))
+    }
+}
+
+/// Ends when the agent is gone, says something that cannot be understood, or the service has dropped its end.
+async fn forward_reports(
+    mut frames: Streaming<pb::SessionFrame>,
+    reports: mpsc::Sender<AgentReport>,
+) {
+    loop {
+        let frame = tokio::select! {
+            frame = frames.message() => frame,
+            () = reports.closed() => return,
+        };
+        let report = match frame {
+            Ok(Some(frame)) => frame.kind,
+            Ok(None) => return,
+            Err(error) => {
+                debug!(%error, "agent session broke");
+                return;
+            }
+        };
+        let parsed = match report {
+            Some(pb::session_frame::Kind::Report(report)) => AgentReport::from_wire(report),
+            Some(pb::session_frame::Kind::Open(_)) | None => Err(WireError::new("no report")),
+        };
+        match parsed {
+            Ok(report) => {
+                if reports.send(report).await.is_err() {
+                    return;
+                }
+            }
+            Err(error) => {
+                debug!(%error, "agent session ended: a report does not parse");
+                return;
+            }
+        }
+    }
+}
+
+fn at_most(what: &str, count: usize) -> Result<(), WireError> {
+    if count > RECORDS_MAX {
+        let text = format!("{count} {what} in one request, at most {RECORDS_MAX}");
+        return Err(WireError::new(text));
+    }
+    Ok(())
+}
+
+fn check_mutation_size(mutation: &Mutation) -> Result<(), WireError> {
+    match mutation {
+        Mutation::CommitDatafiles { records, .. } => at_most("records", records.len()),
+        Mutation::ReleaseDatafiles { datafiles, .. } => at_most("datafiles", datafiles.len()),
+        Mutation::ReportShards { reports } => at_most("reports", reports.len()),
+        _ => Ok(()),
+    }
+}
+
+fn check_query_size(query: &Query) -> Result<(), WireError> {
+    match query {
+        Query::Records { datafiles, .. } => at_most("datafiles", datafiles.len()),
+        Query::ListRecords { limit, .. } | Query::BackendShards { limit, .. }
+            if *limit == 0 || *limit > PAGE_MAX =>
+        {
+            Err(WireError::new(format_args!(
+                "limit must be 1 to {PAGE_MAX}"
+            )))
+        }
+        _ => Ok(()),
+    }
+}
+
+impl Grpc {
+    async fn answer(
+        &self,
+        peer: &PeerIdentity,
+        query: Query,
+        consistency: Consistency,
+    ) -> Result<(u64, Answer), CallError> {
+        let service = &self.service;
+        let applied = service.barrier(consistency).await?;
+        let answer = match query {
+            Query::Volume(name) => {
+                let volume = service.volume(peer, &name).await?;
+                if !opens(peer, volume.id) {
+                    let text = format!("the certificate does not open volume {name}");
+                    return Err(MetadError::Denied(text).into());
+                }
+                Answer::Volume(Box::new(volume))
+            }
+            Query::VolumeById(id) => {
+                Answer::Volume(Box::new(service.volume_by_id(peer, id).await?))
+            }
+            Query::Volumes => {
+                let mut volumes = service.volumes(peer).await?;
+                volumes.retain(|volume| opens(peer, volume.id));
+                Answer::Volumes(volumes)
+            }
+            Query::Records { volume, datafiles } => {
+                Answer::Records(service.records(peer, volume, &datafiles).await?)
+            }
+            Query::ListRecords {
+                volume,
+                stream,
+                after,
+                limit,
+            } => {
+                let records = service.list_records(peer, volume, stream, after, limit);
+                Answer::Records(records.await?)
+            }
+            Query::Backends => Answer::Backends(service.backends(peer).await?),
+            Query::BackendFacts => Answer::BackendFacts(service.backend_facts(peer).await?),
+            Query::Agents => Answer::Agents(service.agents(peer).await?),
+            Query::BackendShards {
+                backend,
+                after,
+                limit,
+            } => {
+                let shards = service.backend_shards(peer, backend, after, limit);
+                Answer::BackendShards(shards.await?)
+            }
+            Query::Placement {
+                volume,
+                shard_bytes,
+            } => Answer::Placement(service.placement(peer, volume, shard_bytes).await?),
+            Query::Status => Answer::Status(Box::new(service.status(peer).await?)),
+            Query::Members => Answer::Members(service.members(peer).await?),
+            Query::Settings => Answer::Settings(service.settings(peer).await?),
+            Query::Tokens => Answer::Tokens(service.tokens(peer).await?),
+            Query::IssueClientCertificate { csr_pem, volume } => {
+                let pem = service.issue_client_certificate(peer, &csr_pem, volume);
+                Answer::Certificate(pem.await?)
+            }
+            Query::Scrub { backend } => {
+                service.scrub(peer, backend).await?;
+                Answer::Done
+            }
+            Query::RemoveMember(member) => {
+                service.remove_member(peer, member).await?;
+                Answer::Done
+            }
+            Query::TransferLeader(to) => {
+                service.transfer_leader(peer, to).await?;
+                Answer::Done
+            }
+        };
+        Ok((applied, answer))
+    }
+}
