@@ -1,1 +1,28 @@
-//! metad
+//! metad: the Raft-replicated metadata service. It remembers; it decides what is to be re-silvered; it holds no user data.
+//!
+//! ```text
+//! clients, agents --gRPC--> node/ (shell) --proposals--> raft --log/ (disk)
+//!                             |                            |
+//!                             |<-- plan/ (what to do) <-- state/ (what is agreed on) -- machine/ (disk)
+//! ```
+//!
+//! - [`state`]: replicated state and `apply`, pure
+//! - [`plan`]: verdicts, rebuilds, deletions, pure
+//! - [`log`], [`machine`]: what Raft keeps on disk
+//! - [`node`]: the shell; [`bootstrap`], [`join`] and [`serve`] are its doors
+
+pub mod durable;
+pub mod log;
+pub mod machine;
+pub mod node;
+pub mod options;
+pub mod placing;
+pub mod plan;
+pub mod raft;
+pub mod state;
+
+mod birth;
+
+pub use birth::{bootstrap, join, serve, serve_on};
+pub use node::NodeError;
+pub use options::{BootstrapOptions, Bootstrapped, JoinOptions, Joined, ServeOptions};

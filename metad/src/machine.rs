@@ -1,0 +1,318 @@
+//! The state machine as openraft sees it: the replicated state in sled, and its snapshots.
+//!
+//! ```text
+//! state/current -> state/{generation:08x}/ (sled)        snapshot/{index:020}-{term}.snap
+//! apply: State::apply over sled reads -> one sled batch { rows, last_applied, membership }
+//! ```
+//!
+//! Invariants: a batch holds what was applied together with the id of the last applied entry, so the two never disagree; sled is
+//! flushed and its file synced before a snapshot is reported, hence before the log is purged; an installed snapshot is built
+//! in a directory of its own and becomes current by one rename.
+
+pub mod dump;
+pub mod raft_machine;
+pub mod sled_kv;
+pub mod snapshot;
+
+#[cfg(test)]
+mod tests;
+
+use crate::durable::{self, DurableError};
+use crate::raft::{LogEntry, LogId, Response, StoredMembership};
+use crate::state::kv::{Batch, Kv, KvError};
+use crate::state::{State, Touched, apply};
+use dump::Dump;
+use openraft::{EntryPayload, RaftLogId};
+use parking_lot::{Mutex, RwLock};
+use qsfs_zdb::media::{DiskMedia, Media};
+use serde::{Deserialize, Serialize};
+use sled_kv::SledKv;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Row that holds what Raft needs to know of the state. Sorts after all nouns and is not one of them.
+pub const RAFT_ROW: &[u8] = b"\xffraft";
+
+/// Why the state machine cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// sled or a row.
+    #[error(transparent)]
+    Kv(#[from] KvError),
+    /// The pointer to the current directory.
+    #[error(transparent)]
+    Durable(#[from] DurableError),
+    /// The disk refused.
+    #[error("cannot {step} {path}: {source}", path = path.display())]
+    Io {
+        /// Verb phrase.
+        step: &'static str,
+        /// What.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A snapshot does not verify.
+    #[error("snapshot {path} is damaged: {reason}", path = path.display())]
+    Snapshot {
+        /// File.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+impl MachineError {
+    pub(crate) fn io(step: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { step, path, source }
+    }
+}
+
+/// What Raft needs to know of the state, committed with it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RaftRow {
+    /// Newest applied entry.
+    pub applied: Option<LogId>,
+    /// Newest membership.
+    pub membership: StoredMembership,
+}
+
+struct Current {
+    kv: SledKv,
+    raft: RaftRow,
+}
+
+/// The state machine, shared by the consensus module and the service.
+#[derive(Clone)]
+pub struct Machine {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    dir: PathBuf,
+    /// Readers see whole batches only: apply commits under the write lock.
+    current: RwLock<Current>,
+    dump: Mutex<Option<Dump>>,
+    touched: Mutex<Touched>,
+    changed: tokio::sync::watch::Sender<u64>,
+    incoming: Mutex<u64>,
+}
+
+impl std::fmt::Debug for Machine {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Machine({})", self.shared.dir.display())
+    }
+}
+
+impl Machine {
+    /// Opens or creates the state under a directory. A state that does not open is said, set aside, and rebuilt from the newest
+    /// snapshot; the log then brings it up to date.
+    pub fn open(dir: &Path) -> Result<Self, MachineError> {
+        let state = dir.join("state");
+        for path in [&state, &dir.join("snapshot")] {
+            std::fs::create_dir_all(path).map_err(MachineError::io("create", path))?;
+        }
+        snapshot::remove_unfinished(dir)?;
+        let generation: u64 = durable::load(&DiskMedia, &state.join("current"))?.unwrap_or(0);
+        let opened = open_generation(&state, generation);
+        let current = match opened {
+            Ok(current) => current,
+            Err(error) => {
+                tracing::error!(%error, "the state does not open; rebuilding it from the newest snapshot");
+                rebuild(dir, generation)?
+            }
+        };
+        remove_other_generations(&state, &current.kv)?;
+        let applied = current.raft.applied.map_or(0, |id| id.index);
+        Ok(Self {
+            shared: Arc::new(Shared {
+                dir: dir.to_owned(),
+                current: RwLock::new(current),
+                dump: Mutex::new(None),
+                touched: Mutex::new(Touched::default()),
+                changed: tokio::sync::watch::Sender::new(applied),
+                incoming: Mutex::new(0),
+            }),
+        })
+    }
+
+    /// Rebuilds the state from the newest snapshot, if there is one at or after `purged`: the log can do the rest.
+    pub fn catch_up_from_snapshot(&self, purged: LogId) -> Result<(), MachineError> {
+        let newest = snapshot::newest(&self.shared.dir)?;
+        match newest {
+            Some(path) if snapshot::read_meta(&path)?.last_log_id >= Some(purged) => {
+                self.load(&path)
+            }
+            _ => Err(MachineError::Snapshot {
+                path: self.shared.dir.join("snapshot"),
+                reason: format!(
+                    "the state is older than the log, which begins after {purged}, and no snapshot closes the gap: delete this \
+                     node's data directory and join again with a new token"
+                ),
+            }),
+        }
+    }
+
+    /// Reads under one consistent view. Keep it short: apply waits.
+    pub fn read<T>(&self, read: impl FnOnce(&State<&SledKv>) -> T) -> T {
+        let current = self.shared.current.read();
+        read(&State::new(&current.kv))
+    }
+
+    /// What Raft knows of the state.
+    pub fn raft_row(&self) -> RaftRow {
+        self.shared.current.read().raft.clone()
+    }
+
+    /// Index of the newest applied entry, as it grows.
+    pub fn applied_index(&self) -> tokio::sync::watch::Receiver<u64> {
+        self.shared.changed.subscribe()
+    }
+
+    /// What apply touched since this was asked last.
+    pub fn take_touched(&self) -> Touched {
+        std::mem::take(&mut self.shared.touched.lock())
+    }
+
+    /// Runs `read` on a view of which everything that [`Self::take_touched`] reports later is newer, and forgets what was touched
+    /// before: how an index is built.
+    pub fn read_afresh<T>(&self, read: impl FnOnce(&State<&SledKv>) -> T) -> T {
+        let current = self.shared.current.read();
+        *self.shared.touched.lock() = Touched::default();
+        read(&State::new(&current.kv))
+    }
+
+    /// Applies entries and commits them with the id of the last.
+    pub fn apply(&self, entries: Vec<LogEntry>) -> Result<Vec<Response>, MachineError> {
+        // Only this function writes, and openraft calls it from one task: reading before the write lock is safe.
+        let (batch, touched, raft, responses) = {
+            let current = self.shared.current.read();
+            let mut state = State::new(&current.kv);
+            let mut raft = current.raft.clone();
+            let mut responses = Vec::with_capacity(entries.len());
+            for entry in entries {
+                let id = *entry.get_log_id();
+                raft.applied = Some(id);
+                responses.push(match entry.payload {
+                    EntryPayload::Blank => Response(None),
+                    EntryPayload::Normal(proposal) => Response(Some(apply(&mut state, &proposal)?)),
+                    EntryPayload::Membership(membership) => {
+                        raft.membership = StoredMembership::new(Some(id), membership);
+                        Response(None)
+                    }
+                });
+            }
+            let (batch, touched) = state.into_changes();
+            (batch, touched, raft, responses)
+        };
+        self.commit(batch, touched, raft)?;
+        Ok(responses)
+    }
+
+    fn commit(
+        &self,
+        mut batch: Batch,
+        touched: Touched,
+        raft: RaftRow,
+    ) -> Result<(), MachineError> {
+        batch.insert(RAFT_ROW.to_vec(), Some(crate::state::row::encode(&raft)));
+        let mut current = self.shared.current.write();
+        if let Some(dump) = self.shared.dump.lock().as_mut() {
+            dump.before_commit(&current.kv, &batch)?;
+        }
+        current.kv.commit(batch)?;
+        let applied = raft.applied.map_or(0, |id| id.index);
+        current.raft = raft;
+        self.shared.touched.lock().merge(touched);
+        drop(current);
+        self.shared.changed.send_replace(applied);
+        Ok(())
+    }
+
+    /// Makes what was applied durable.
+    pub fn flush(&self) -> Result<(), MachineError> {
+        let kv = self.shared.current.read().kv.clone();
+        Ok(kv.flush()?)
+    }
+
+    /// Replaces the whole state by a snapshot.
+    fn load(&self, path: &Path) -> Result<(), MachineError> {
+        let state = self.shared.dir.join("state");
+        let generation = self.shared.current.read().kv.generation() + 1;
+        let kv = load_generation(&state, generation, path)?;
+        let raft = load_raft_row(&kv)?;
+        let applied = raft.applied.map_or(0, |id| id.index);
+        let old = {
+            let mut current = self.shared.current.write();
+            // A copy of the replaced state that is under way has nothing to go on with.
+            *self.shared.dump.lock() = None;
+            std::mem::replace(&mut *current, Current { kv, raft })
+        };
+        drop(old);
+        remove_other_generations(&state, &self.shared.current.read().kv)?;
+        self.shared.changed.send_replace(applied);
+        Ok(())
+    }
+}
+
+fn load_raft_row(kv: &SledKv) -> Result<RaftRow, KvError> {
+    let value = kv.get(RAFT_ROW)?;
+    let row = value.map(|value| crate::state::row::decode(RAFT_ROW, &value));
+    Ok(row.transpose()?.unwrap_or_default())
+}
+
+fn open_generation(state: &Path, generation: u64) -> Result<Current, MachineError> {
+    let kv = SledKv::open(state, generation)?;
+    let raft = load_raft_row(&kv)?;
+    Ok(Current { kv, raft })
+}
+
+/// Fills a new directory from a snapshot, makes it durable, and makes it the current one.
+fn load_generation(state: &Path, generation: u64, path: &Path) -> Result<SledKv, MachineError> {
+    let dir = SledKv::dir(state, generation);
+    if dir.exists() {
+        std::fs::remove_dir_all(&dir).map_err(MachineError::io("remove", &dir))?;
+    }
+    let kv = SledKv::open(state, generation)?;
+    snapshot::read_rows(path, |batch| kv.commit(batch))?;
+    kv.flush()?;
+    durable::store(&DiskMedia, &state.join("current"), &generation)?;
+    Ok(kv)
+}
+
+fn rebuild(dir: &Path, generation: u64) -> Result<Current, MachineError> {
+    let state = dir.join("state");
+    let aside = state.join(format!("damaged-{generation:08x}"));
+    let damaged = SledKv::dir(&state, generation);
+    if aside.exists() {
+        std::fs::remove_dir_all(&aside).map_err(MachineError::io("remove", &aside))?;
+    }
+    std::fs::rename(&damaged, &aside).map_err(MachineError::io("set aside", &damaged))?;
+    let next = generation + 1;
+    let kv = match snapshot::newest(dir)? {
+        Some(path) => load_generation(&state, next, &path)?,
+        None => {
+            let kv = SledKv::open(&state, next)?;
+            durable::store(&DiskMedia, &state.join("current"), &next)?;
+            kv
+        }
+    };
+    let raft = load_raft_row(&kv)?;
+    Ok(Current { kv, raft })
+}
+
+fn remove_other_generations(state: &Path, kv: &SledKv) -> Result<(), MachineError> {
+    let names = DiskMedia
+        .list(state)
+        .map_err(MachineError::io("list", state))?;
+    for name in names {
+        let path = state.join(&name);
+        let generation = u64::from_str_radix(&name, 16);
+        if name.len() == 8 && generation.is_ok_and(|found| found != kv.generation()) {
+            std::fs::remove_dir_all(&path).map_err(MachineError::io("remove", &path))?;
+        }
+    }
+    Ok(())
+}

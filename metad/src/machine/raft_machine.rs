@@ -1,0 +1,117 @@
+//! openraft's view of the state machine. Blocking work runs off the async threads.
+
+use super::dump::Dump;
+use super::snapshot::{self, Meta, SnapshotFile};
+use super::{Machine, MachineError};
+use crate::raft::{LogEntry, LogId, Response, StorageError, StoredMembership, TypeConfig};
+use crate::state::kv::KvError;
+use openraft::storage::RaftStateMachine;
+use openraft::{
+    AnyError, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta, StorageIOError,
+};
+
+fn failed(error: &MachineError) -> StorageError {
+    StorageIOError::write_state_machine(AnyError::error(error.to_string())).into()
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, MachineError> + Send + 'static,
+) -> Result<T, StorageError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result.map_err(|error| failed(&error)),
+        Err(error) => {
+            Err(StorageIOError::write_state_machine(AnyError::error(error.to_string())).into())
+        }
+    }
+}
+
+impl Machine {
+    /// Takes a snapshot while applies go on, and makes it and the state durable.
+    pub fn build(&self) -> Result<std::path::PathBuf, MachineError> {
+        let raft = {
+            let current = self.shared.current.write();
+            *self.shared.dump.lock() = Some(Dump::default());
+            current.raft.clone()
+        };
+        let id = raft.applied.map_or("empty".to_owned(), |id| id.to_string());
+        let meta = SnapshotMeta {
+            last_log_id: raft.applied,
+            last_membership: raft.membership,
+            snapshot_id: id,
+        };
+        let written = snapshot::write(&self.shared.dir, &meta, || {
+            let current = self.shared.current.read();
+            match self.shared.dump.lock().as_mut() {
+                Some(dump) => dump.page(&current.kv),
+                None => Err(KvError::Replaced),
+            }
+        });
+        *self.shared.dump.lock() = None;
+        let path = written?;
+        self.flush()?;
+        Ok(path)
+    }
+}
+
+impl RaftSnapshotBuilder<TypeConfig> for Machine {
+    async fn build_snapshot(&mut self) -> Result<Snapshot<TypeConfig>, StorageError> {
+        let machine = self.clone();
+        blocking(move || snapshot::as_snapshot(&machine.build()?)).await
+    }
+}
+
+impl RaftStateMachine<TypeConfig> for Machine {
+    type SnapshotBuilder = Self;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), StorageError> {
+        let row = self.raft_row();
+        Ok((row.applied, row.membership))
+    }
+
+    async fn apply<I>(&mut self, entries: I) -> Result<Vec<Response>, StorageError>
+    where
+        I: IntoIterator<Item = LogEntry> + OptionalSend,
+        I::IntoIter: OptionalSend,
+    {
+        let entries: Vec<_> = entries.into_iter().collect();
+        let machine = self.clone();
+        blocking(move || Machine::apply(&machine, entries)).await
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
+        self.clone()
+    }
+
+    async fn begin_receiving_snapshot(&mut self) -> Result<Box<SnapshotFile>, StorageError> {
+        let number = {
+            let mut incoming = self.shared.incoming.lock();
+            *incoming += 1;
+            *incoming
+        };
+        let file = SnapshotFile::create(&self.shared.dir, number);
+        file.map(Box::new).map_err(|error| failed(&error))
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        meta: &Meta,
+        snapshot: Box<SnapshotFile>,
+    ) -> Result<(), StorageError> {
+        let part = snapshot.finish().await.map_err(|error| failed(&error))?;
+        let (machine, meta) = (self.clone(), meta.clone());
+        blocking(move || {
+            let path = snapshot::accept(&machine.shared.dir, &part, &meta)?;
+            machine.load(&path)
+        })
+        .await
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<TypeConfig>>, StorageError> {
+        let dir = self.shared.dir.clone();
+        blocking(move || match snapshot::newest(&dir)? {
+            Some(path) => snapshot::as_snapshot(&path).map(Some),
+            None => Ok(None),
+        })
+        .await
+    }
+}

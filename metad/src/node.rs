@@ -1,0 +1,301 @@
+//! The shell: what waits, talks and keeps time. It decides nothing; that is done in [`crate::state`] and [`crate::plan`].
+//!
+//! ```text
+//! proto::server --> Service --> Consensus --> openraft --> log, machine
+//!                      |             ^
+//!                      v             | proposals
+//!                 soft facts --> leader loop: Index + plan --> orders to agents
+//! ```
+
+pub mod admission;
+pub mod agents;
+pub mod consensus;
+pub mod datadir;
+pub mod leader;
+pub mod members;
+pub mod network;
+pub mod service;
+pub mod soft;
+pub mod status;
+
+use crate::log::LogError;
+use crate::log::storage::LogStore;
+use crate::machine::{Machine, MachineError};
+use crate::raft::{LogId, Raft};
+use consensus::Consensus;
+use datadir::{DataDir, NodeFile};
+use network::{Inbound, Network};
+use openraft::{Config, SnapshotPolicy};
+use qsfs_proto::api::MetadError;
+use qsfs_proto::ca::{CaError, CertificateAuthority};
+use qsfs_proto::identity::{Identity, IdentityError};
+use qsfs_proto::server::ServeError;
+use qsfs_proto::token::TokenError;
+use qsfs_zdb::media::DiskMedia;
+use qsfs_zstor::id::{ClusterId, NodeName};
+use service::Service;
+use soft::Soft;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+/// Between heartbeats of the leader.
+const HEARTBEAT_MS: u64 = 250;
+/// Silence after which a follower asks for votes, at least and at most.
+const ELECTION_MS: (u64, u64) = (1_000, 2_000);
+/// Entries after which a snapshot is taken.
+const SNAPSHOT_ENTRIES: u64 = 20_000;
+/// Entries kept behind a snapshot for followers that are a little late.
+const KEPT_ENTRIES: u64 = 2_000;
+
+/// Why a metad node could not be made, joined or run.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The disk refused.
+    #[error("cannot {step} {path}: {source}", path = path.display())]
+    Io {
+        /// Verb phrase.
+        step: &'static str,
+        /// What.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Another process has it.
+    #[error("data directory {path} is used by another process ({source}): stop it first", path = path.display())]
+    InUse {
+        /// Directory.
+        path: PathBuf,
+        /// Cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It holds a node already.
+    #[error(
+        "data directory {path} already holds the metad {name} of cluster {cluster}: run it with `qsfs metad serve`, or choose another \
+         directory", path = path.display()
+    )]
+    Initialised {
+        /// Directory.
+        path: PathBuf,
+        /// Node.
+        name: NodeName,
+        /// Its cluster.
+        cluster: ClusterId,
+    },
+    /// It holds something else.
+    #[error("data directory {path} is not empty (it holds {name}): choose another", path = path.display())]
+    NotEmpty {
+        /// Directory.
+        path: PathBuf,
+        /// First foreign name.
+        name: String,
+    },
+    /// It holds no node.
+    #[error("{path} holds no metad: make one with `qsfs metad bootstrap` or `qsfs metad join`", path = path.display())]
+    Empty {
+        /// Directory.
+        path: PathBuf,
+    },
+    /// `node.toml` is not usable.
+    #[error("{path}: {reason}", path = path.display())]
+    Malformed {
+        /// File.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The state on disk is of another cluster than the certificate.
+    #[error("the state in {path} is of cluster {found}, this node is of {expected}: it will not run", path = path.display())]
+    OtherCluster {
+        /// Directory.
+        path: PathBuf,
+        /// In the state.
+        found: ClusterId,
+        /// In the certificate.
+        expected: ClusterId,
+    },
+    /// An option makes no sense.
+    #[error("{0}")]
+    Option(String),
+    /// The certificate or key.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The certificate authority.
+    #[error(transparent)]
+    Ca(#[from] CaError),
+    /// The join token.
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// The cluster refused.
+    #[error(transparent)]
+    Metad(#[from] MetadError),
+    /// The Raft log.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The state.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The server.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// Raft stopped.
+    #[error("raft stopped: {0}")]
+    Raft(String),
+}
+
+/// Log, state and Raft of one data directory.
+pub(crate) struct Core {
+    pub(crate) raft: Raft,
+    pub(crate) machine: Machine,
+    pub(crate) network: Network,
+}
+
+fn raft_config() -> Arc<Config> {
+    let config = Config {
+        cluster_name: "qsfs".into(),
+        heartbeat_interval: HEARTBEAT_MS,
+        election_timeout_min: ELECTION_MS.0,
+        election_timeout_max: ELECTION_MS.1,
+        install_snapshot_timeout: 10_000,
+        max_payload_entries: 256,
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_ENTRIES),
+        snapshot_max_chunk_size: network::SNAPSHOT_CHUNK_BYTES,
+        max_in_snapshot_log_to_keep: KEPT_ENTRIES,
+        purge_batch_size: 256,
+        ..Config::default()
+    };
+    Arc::new(config.validate().expect("the constants above agree"))
+}
+
+/// Opens log and state and starts Raft.
+pub(crate) async fn start(
+    dir: &DataDir,
+    node: &NodeFile,
+    identity: &Identity,
+) -> Result<Core, NodeError> {
+    let path = dir.path().to_owned();
+    let cluster = node.cluster;
+    let opened = tokio::task::spawn_blocking(move || open(&path, cluster)).await;
+    let (log, machine) = opened.map_err(|error| NodeError::Raft(error.to_string()))??;
+    let network = Network::new(identity.clone(), node.id);
+    let raft = Raft::new(
+        node.id.0,
+        raft_config(),
+        network.clone(),
+        log,
+        machine.clone(),
+    )
+    .await
+    .map_err(|error| NodeError::Raft(error.to_string()))?;
+    Ok(Core {
+        raft,
+        machine,
+        network,
+    })
+}
+
+fn open(path: &std::path::Path, cluster: ClusterId) -> Result<(LogStore, Machine), NodeError> {
+    let log = LogStore::open(Arc::new(DiskMedia), &path.join("log"))?;
+    let machine = Machine::open(path)?;
+    let found = machine.read(|state| state.cluster());
+    if let Some(found) = found.map_err(MachineError::from)?
+        && found.id != cluster
+    {
+        return Err(NodeError::OtherCluster {
+            path: path.to_owned(),
+            found: found.id,
+            expected: cluster,
+        });
+    }
+    let index = |id: Option<LogId>| id.map(|id| id.index);
+    let (purged, _) = log.bounds();
+    if let Some(purged) = purged
+        && index(machine.raft_row().applied) < Some(purged.index)
+    {
+        tracing::warn!(%purged, "the state is older than the log; going back to the newest snapshot");
+        machine.catch_up_from_snapshot(purged)?;
+    }
+    Ok((log, machine))
+}
+
+/// Runs the node of a data directory until `shutdown`.
+pub(crate) async fn run(
+    dir: DataDir,
+    listener: Option<TcpListener>,
+    shutdown: CancellationToken,
+) -> Result<(), NodeError> {
+    let (node, identity, authority) = dir.load()?;
+    let listener = match listener {
+        Some(listener) => listener,
+        None => TcpListener::bind(&node.listen)
+            .await
+            .map_err(|source| NodeError::Io {
+                step: "listen on",
+                path: PathBuf::from(&node.listen),
+                source,
+            })?,
+    };
+    let core = start(&dir, &node, &identity).await?;
+    let ended = serve(&core, &node, (&identity, authority), listener, &shutdown).await;
+    if let Err(error) = core.raft.shutdown().await {
+        tracing::warn!(%error, "raft did not stop cleanly");
+    }
+    let machine = core.machine.clone();
+    let flushed = tokio::task::spawn_blocking(move || machine.flush()).await;
+    if let Ok(Err(error)) = flushed {
+        tracing::warn!(%error, "the state was not flushed; the log will bring it up to date");
+    }
+    ended
+}
+
+async fn serve(
+    core: &Core,
+    node: &NodeFile,
+    (identity, authority): (&Identity, CertificateAuthority),
+    listener: TcpListener,
+    shutdown: &CancellationToken,
+) -> Result<(), NodeError> {
+    let consensus = Consensus::start(core.raft.clone(), core.machine.clone());
+    let soft = Arc::new(Soft::default());
+    let stop = shutdown.child_token();
+    let leader = tokio::spawn(leader::run(
+        consensus.clone(),
+        Arc::clone(&soft),
+        stop.clone(),
+    ));
+    let service = Arc::new(Service::new(
+        consensus,
+        Arc::clone(&soft),
+        core.network.clone(),
+        authority,
+    ));
+    let inbound = Arc::new(Inbound::new(core.raft.clone()));
+    tracing::info!(node = %node.name, listen = %node.listen, "metad serves");
+    let serving = qsfs_proto::server::serve(listener, identity, service, inbound, stop.clone());
+    let ended = tokio::select! {
+        served = serving => served.map_err(NodeError::from),
+        stopped = raft_stopped(&core.raft) => Err(NodeError::Raft(stopped)),
+    };
+    stop.cancel();
+    soft.end_term();
+    if let Err(error) = leader.await {
+        tracing::warn!(%error, "the leader task failed");
+    }
+    ended
+}
+
+/// Returns when Raft gives up, which a failed disk makes it do.
+async fn raft_stopped(raft: &Raft) -> String {
+    let mut metrics = raft.metrics();
+    loop {
+        if let Err(fatal) = &metrics.borrow_and_update().running_state {
+            return fatal.to_string();
+        }
+        if metrics.changed().await.is_err() {
+            return "its task ended".into();
+        }
+    }
+}

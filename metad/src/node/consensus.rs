@@ -1,0 +1,159 @@
+//! Proposals and linearizable reads.
+//!
+//! A read needs one round of heartbeats to know that this node still leads. Readers that arrive while a round is under way
+//! share the next one, so a thousand readers cost two rounds.
+
+use crate::machine::Machine;
+use crate::raft::Raft;
+use crate::state::Outcome;
+use crate::state::command::{Command, Entry, Reply, Request};
+use openraft::error::{CheckIsLeaderError, ClientWriteError, RaftError};
+use qsfs_proto::api::MetadError;
+use qsfs_proto::server::CallError;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::{mpsc, oneshot};
+
+/// Readers waiting for the next round.
+const READERS_MAX: usize = 16_384;
+
+/// A proposal or a round of heartbeats takes no longer, or its outcome is unknown.
+pub const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Leader time: the wall clock, but never back within this process.
+#[derive(Debug, Default)]
+pub struct Clock {
+    last_ms: AtomicU64,
+}
+
+impl Clock {
+    /// Now, in ms since the epoch.
+    pub fn now_ms(&self) -> u64 {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now_ms = now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
+        self.last_ms
+            .fetch_max(now_ms, Ordering::Relaxed)
+            .max(now_ms)
+    }
+}
+
+type Answer = Result<u64, CallError>;
+
+/// Raft as the service uses it.
+#[derive(Clone)]
+pub struct Consensus {
+    raft: Raft,
+    machine: Machine,
+    clock: Arc<Clock>,
+    readers: mpsc::Sender<oneshot::Sender<Answer>>,
+}
+
+impl Consensus {
+    /// Starts the task that serves readers; it ends with the last clone.
+    pub fn start(raft: Raft, machine: Machine) -> Self {
+        let (readers, waiting) = mpsc::channel(READERS_MAX);
+        tokio::spawn(serve_readers(raft.clone(), waiting));
+        Self {
+            raft,
+            machine,
+            clock: Arc::new(Clock::default()),
+            readers,
+        }
+    }
+
+    /// Leader time.
+    pub fn now_ms(&self) -> u64 {
+        self.clock.now_ms()
+    }
+
+    /// The Raft below.
+    pub fn raft(&self) -> &Raft {
+        &self.raft
+    }
+
+    /// The state.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// This node leads, as far as it knows.
+    pub fn leads(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        metrics.current_leader == Some(metrics.id)
+    }
+
+    /// Returns once everything committed before the call is applied here.
+    pub async fn barrier(&self) -> Answer {
+        let (answer, wait) = oneshot::channel();
+        let lost = || CallError::from(MetadError::NoQuorum("this node is stopping".into()));
+        self.readers.send(answer).await.map_err(|_| lost())?;
+        wait.await.map_err(|_| lost())?
+    }
+
+    /// Proposes a command and waits for its answer.
+    pub async fn propose(
+        &self,
+        command: Command,
+        request: Option<Request>,
+    ) -> Result<Reply, CallError> {
+        let entry = Entry {
+            time_ms: self.now_ms(),
+            request,
+            command,
+        };
+        let written = tokio::time::timeout(DEADLINE, self.raft.client_write(entry)).await;
+        match written {
+            Err(_) => {
+                Err(MetadError::Unknown("no majority confirmed the change in time".into()).into())
+            }
+            Ok(Ok(response)) => answer(response.data.0),
+            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward)))) => {
+                Err(CallError::NotLeader {
+                    leader: forward.leader_node.map(|node| node.addr),
+                })
+            }
+            Ok(Err(error)) => Err(MetadError::Unknown(error.to_string()).into()),
+        }
+    }
+
+    /// Proposes a command of the cluster itself.
+    pub async fn propose_internal(&self, command: Command) -> Result<Reply, CallError> {
+        self.propose(command, None).await
+    }
+}
+
+fn answer(outcome: Option<Outcome>) -> Result<Reply, CallError> {
+    match outcome {
+        Some(outcome) => Ok(outcome?),
+        None => Err(MetadError::Unknown("the entry carried no command".into()).into()),
+    }
+}
+
+async fn serve_readers(raft: Raft, mut waiting: mpsc::Receiver<oneshot::Sender<Answer>>) {
+    while let Some(first) = waiting.recv().await {
+        let mut readers = vec![first];
+        while let Ok(next) = waiting.try_recv() {
+            readers.push(next);
+        }
+        let answer = round(&raft).await;
+        for reader in readers {
+            // A reader whose caller went away does not wait any more.
+            drop(reader.send(answer.clone()));
+        }
+    }
+}
+
+async fn round(raft: &Raft) -> Answer {
+    match tokio::time::timeout(DEADLINE, raft.ensure_linearizable()).await {
+        Ok(Ok(index)) => Ok(index.map_or(0, |id| id.index)),
+        Ok(Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(forward)))) => {
+            Err(CallError::NotLeader {
+                leader: forward.leader_node.map(|node| node.addr),
+            })
+        }
+        Ok(Err(error)) => Err(MetadError::NoQuorum(error.to_string()).into()),
+        Err(_) => Err(MetadError::NoQuorum("no majority answered in time".into()).into()),
+    }
+}

@@ -1,0 +1,217 @@
+//! The data directory of a metad node.
+//!
+//! ```text
+//! lock  node.toml  identity/{cert,key,ca}.pem  ca-key.pem (0600)  log/  state/  snapshot/
+//! ```
+//!
+//! `node.toml` is written last when a node is made: a directory that has it is complete, one without is refused or begun anew.
+
+use super::NodeError;
+use qsfs_proto::api::Secret;
+use qsfs_proto::ca::CertificateAuthority;
+use qsfs_proto::identity::Identity;
+use qsfs_zdb::media::{DiskMedia, Media, MediaLock};
+use qsfs_zstor::id::{ClusterId, LocationName, MetadId, NodeName};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+const NODE_FILE: &str = "node.toml";
+const CA_KEY_FILE: &str = "ca-key.pem";
+const IDENTITY_DIR: &str = "identity";
+const LAYOUT_VERSION: u32 = 1;
+
+/// Who this node is; everything else is in the log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeFile {
+    /// Version of the layout.
+    pub layout: u32,
+    /// Cluster.
+    pub cluster: ClusterId,
+    /// Raft id.
+    pub id: MetadId,
+    /// Name.
+    pub name: NodeName,
+    /// Location.
+    pub location: LocationName,
+    /// `host:port` to listen on.
+    pub listen: String,
+    /// `host:port` where others reach it.
+    pub advertise: String,
+}
+
+impl NodeFile {
+    /// With the layout version of this program.
+    pub fn new(
+        cluster: ClusterId,
+        id: MetadId,
+        (name, location): (NodeName, LocationName),
+        (listen, advertise): (String, String),
+    ) -> Self {
+        Self {
+            layout: LAYOUT_VERSION,
+            cluster,
+            id,
+            name,
+            location,
+            listen,
+            advertise,
+        }
+    }
+}
+
+/// A locked data directory.
+#[derive(Debug)]
+pub struct DataDir {
+    path: PathBuf,
+    _lock: Box<dyn MediaLock>,
+}
+
+fn io(step: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> NodeError {
+    let path = path.to_owned();
+    move |source| NodeError::Io { step, path, source }
+}
+
+impl DataDir {
+    /// Locks a directory, making it if needed.
+    pub fn lock(path: &Path) -> Result<Self, NodeError> {
+        fs::create_dir_all(path).map_err(io("create", path))?;
+        let lock = DiskMedia
+            .lock(&path.join("lock"))
+            .map_err(|source| NodeError::InUse {
+                path: path.to_owned(),
+                source,
+            })?;
+        Ok(Self {
+            path: path.to_owned(),
+            _lock: lock,
+        })
+    }
+
+    /// Locks a directory for a node that is about to be made: one that holds a node already is refused.
+    pub fn lock_new(path: &Path) -> Result<Self, NodeError> {
+        let dir = Self::lock(path)?;
+        if let Some(node) = dir.read_node()? {
+            return Err(NodeError::Initialised {
+                path: path.to_owned(),
+                name: node.name,
+                cluster: node.cluster,
+            });
+        }
+        let foreign = fs::read_dir(path)
+            .map_err(io("list", path))?
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .find(|name| !OWN_NAMES.contains(&name.as_str()));
+        match foreign {
+            Some(name) => Err(NodeError::NotEmpty {
+                path: path.to_owned(),
+                name,
+            }),
+            None => dir.clear_unfinished().map(|()| dir),
+        }
+    }
+
+    /// What a bootstrap or join that was interrupted left behind.
+    fn clear_unfinished(&self) -> Result<(), NodeError> {
+        for name in ["log", "state", "snapshot", IDENTITY_DIR] {
+            let path = self.path.join(name);
+            if path.exists() {
+                fs::remove_dir_all(&path).map_err(io("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores everything a node needs, `node.toml` last.
+    pub fn initialise(
+        &self,
+        node: &NodeFile,
+        identity: &Identity,
+        ca_key: &Secret,
+    ) -> Result<(), NodeError> {
+        identity.save(&self.path.join(IDENTITY_DIR))?;
+        self.write_private(CA_KEY_FILE, ca_key.0.as_bytes())?;
+        let text = toml::to_string(node).expect("plain fields always encode");
+        self.write_private(NODE_FILE, text.as_bytes())
+    }
+
+    fn write_private(&self, name: &str, content: &[u8]) -> Result<(), NodeError> {
+        let path = self.path.join(name);
+        let beside = self.path.join(format!("{name}.new"));
+        let written = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&beside)
+            .and_then(|mut file| {
+                file.write_all(content)?;
+                file.sync_all()
+            })
+            .and_then(|()| fs::rename(&beside, &path))
+            .and_then(|()| fs::File::open(&self.path)?.sync_all());
+        written.map_err(io("write", &path))
+    }
+
+    fn read_node(&self) -> Result<Option<NodeFile>, NodeError> {
+        let path = self.path.join(NODE_FILE);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let text = fs::read_to_string(&path).map_err(io("read", &path))?;
+        let node: NodeFile = toml::from_str(&text).map_err(|error| NodeError::Malformed {
+            path: path.clone(),
+            reason: error.message().to_owned(),
+        })?;
+        if node.layout != LAYOUT_VERSION {
+            return Err(NodeError::Malformed {
+                path,
+                reason: format!(
+                    "layout {} is not known here: use a newer program",
+                    node.layout
+                ),
+            });
+        }
+        Ok(Some(node))
+    }
+
+    /// The node that lives here, checked against its certificate.
+    pub fn load(&self) -> Result<(NodeFile, Identity, CertificateAuthority), NodeError> {
+        let Some(node) = self.read_node()? else {
+            return Err(NodeError::Empty {
+                path: self.path.clone(),
+            });
+        };
+        let identity = Identity::load(&self.path.join(IDENTITY_DIR))?;
+        if identity.cluster() != node.cluster || identity.peer().metad_id() != Some(node.id) {
+            return Err(NodeError::Malformed {
+                path: self.path.join(NODE_FILE),
+                reason: format!("its certificate is of {}", identity.peer()),
+            });
+        }
+        let key_path = self.path.join(CA_KEY_FILE);
+        let key = fs::read_to_string(&key_path).map_err(io("read", &key_path))?;
+        let authority = CertificateAuthority::from_pem(identity.ca_pem(), &Secret(key))?;
+        Ok((node, identity, authority))
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+const OWN_NAMES: [&str; 9] = [
+    "lock",
+    NODE_FILE,
+    "node.toml.new",
+    IDENTITY_DIR,
+    CA_KEY_FILE,
+    "ca-key.pem.new",
+    "log",
+    "state",
+    "snapshot",
+];

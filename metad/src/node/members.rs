@@ -1,0 +1,120 @@
+//! Membership: who joined becomes a learner, and a voter once it caught up.
+
+use super::consensus::Consensus;
+use super::network::Network;
+use crate::raft::Raft;
+use crate::state::command::{Command, MemberRow};
+use openraft::{BasicNode, ChangeMembers};
+use qsfs_proto::api::{Member, MetadError};
+use qsfs_proto::server::CallError;
+use qsfs_zstor::id::MetadId;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+/// A learner this close behind the leader votes.
+const CAUGHT_UP_ENTRIES: u64 = 100;
+
+/// A peer that replied within is healthy.
+pub const HEALTHY_WITHIN: Duration = Duration::from_secs(3);
+
+/// Longest wait for a change of membership.
+const CHANGE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// One step towards: everyone who joined votes. True: someone does not yet.
+pub(super) async fn tend(consensus: &Consensus) -> bool {
+    let rows = consensus.machine().read(|state| state.members());
+    let Ok(rows) = rows else {
+        return false;
+    };
+    let raft = consensus.raft();
+    if let Some(change) = next_step(raft, &rows) {
+        tracing::info!(?change, "membership changes");
+        let changed =
+            tokio::time::timeout(CHANGE_DEADLINE, raft.change_membership(change, true)).await;
+        match changed {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the membership did not change"),
+            Err(_) => tracing::warn!("the membership change takes long"),
+        }
+    }
+    let metrics = raft.metrics();
+    let metrics = metrics.borrow();
+    let voters: BTreeSet<u64> = metrics.membership_config.membership().voter_ids().collect();
+    rows.iter().any(|row| !voters.contains(&row.id.0))
+}
+
+fn next_step(raft: &Raft, rows: &[MemberRow]) -> Option<ChangeMembers<u64, BasicNode>> {
+    let metrics = raft.metrics();
+    let metrics = metrics.borrow();
+    let membership = metrics.membership_config.membership();
+    if membership.get_joint_config().len() > 1 {
+        return None;
+    }
+    let voters: BTreeSet<u64> = membership.voter_ids().collect();
+    let known: BTreeMap<u64, &BasicNode> = membership.nodes().map(|(id, n)| (*id, n)).collect();
+    for row in rows {
+        if !known.contains_key(&row.id.0) {
+            let node = BasicNode::new(row.address.clone());
+            return Some(ChangeMembers::AddNodes(BTreeMap::from([(row.id.0, node)])));
+        }
+    }
+    let replication = metrics.replication.as_ref()?;
+    let last = metrics.last_log_index.unwrap_or(0);
+    let ready = rows.iter().find(|row| {
+        let matched = replication.get(&row.id.0).copied().flatten();
+        !voters.contains(&row.id.0)
+            && matched.is_some_and(|id| id.index + CAUGHT_UP_ENTRIES >= last)
+    })?;
+    Some(ChangeMembers::AddVoterIds(BTreeSet::from([ready.id.0])))
+}
+
+/// The members as status shows them.
+pub(super) fn list(raft: &Raft, network: &Network, rows: &[MemberRow]) -> Vec<Member> {
+    let metrics = raft.metrics();
+    let metrics = metrics.borrow();
+    let membership = metrics.membership_config.membership();
+    let voters: BTreeSet<u64> = membership.voter_ids().collect();
+    let member = |row: &MemberRow| Member {
+        id: row.id,
+        name: row.name.clone(),
+        location: row.location.clone(),
+        address: row.address.clone(),
+        voter: voters.contains(&row.id.0),
+        healthy: row.id.0 == metrics.id || network.heard_within(row.id, HEALTHY_WITHIN),
+        leader: metrics.current_leader == Some(row.id.0),
+    };
+    rows.iter().map(member).collect()
+}
+
+/// Takes a node out for good.
+pub(super) async fn remove(consensus: &Consensus, id: MetadId) -> Result<(), CallError> {
+    let raft = consensus.raft();
+    let (me, voters) = {
+        let metrics = raft.metrics();
+        let metrics = metrics.borrow();
+        let membership = metrics.membership_config.membership();
+        let voters: BTreeSet<u64> = membership.voter_ids().collect();
+        (metrics.id, voters)
+    };
+    if me == id.0 {
+        let text = "this metad leads; stop it first, then remove it";
+        return Err(MetadError::Invalid(text.into()).into());
+    }
+    consensus.propose_internal(Command::RemoveMetad(id)).await?;
+    let changes = [
+        voters
+            .contains(&id.0)
+            .then(|| ChangeMembers::RemoveVoters(BTreeSet::from([id.0]))),
+        Some(ChangeMembers::RemoveNodes(BTreeSet::from([id.0]))),
+    ];
+    for change in changes.into_iter().flatten() {
+        let changed =
+            tokio::time::timeout(CHANGE_DEADLINE, raft.change_membership(change, true)).await;
+        match changed {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return Err(MetadError::Unknown(error.to_string()).into()),
+            Err(_) => return Err(MetadError::Unknown("the change takes long".into()).into()),
+        }
+    }
+    Ok(())
+}

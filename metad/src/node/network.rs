@@ -1,0 +1,242 @@
+//! Raft messages between metad nodes: postcard inside proto's opaque calls.
+//!
+//! The certificate of the caller names its Raft id; a request in the name of another node is refused.
+
+use crate::raft::{Raft, TypeConfig};
+use async_trait::async_trait;
+use bytes::Bytes;
+use openraft::error::{
+    InstallSnapshotError, NetworkError, RPCError, RaftError, RemoteError, Timeout, Unreachable,
+};
+use openraft::network::{Backoff, RPCOption, RaftNetwork, RaftNetworkFactory};
+use openraft::raft::{
+    AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest, InstallSnapshotResponse,
+    VoteRequest, VoteResponse,
+};
+use openraft::{AnyError, BasicNode, RPCTypes};
+use parking_lot::Mutex;
+use qsfs_proto::identity::Identity;
+use qsfs_proto::raft::{RaftCallError, RaftPeer, RaftRpc};
+use qsfs_proto::server::RaftTransport;
+use qsfs_zstor::id::MetadId;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::OnceCell;
+
+/// Bytes of one snapshot chunk: far below proto's message limit.
+pub const SNAPSHOT_CHUNK_BYTES: u64 = 2 << 20;
+
+/// Pause before an unreachable peer is tried again.
+const RETRY: Duration = Duration::from_millis(200);
+
+/// Version of the payload encoding, first byte of every payload.
+const PAYLOAD_VERSION: u8 = 1;
+
+/// What a payload that cannot be read is answered with.
+#[derive(Debug, thiserror::Error)]
+pub enum PayloadError {
+    /// Of a version that is not spoken here.
+    #[error(
+        "raft payload version {0:?} is not spoken here: use the same program on all metad nodes"
+    )]
+    Version(Option<u8>),
+    /// Does not decode.
+    #[error("raft payload does not decode: {0}")]
+    Malformed(#[from] postcard::Error),
+}
+
+fn encode<T: Serialize>(value: &T) -> Bytes {
+    postcard::to_extend(value, vec![PAYLOAD_VERSION])
+        .expect("raft messages always encode")
+        .into()
+}
+
+fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, PayloadError> {
+    match payload.split_first() {
+        Some((&PAYLOAD_VERSION, body)) => Ok(postcard::from_bytes(body)?),
+        other => Err(PayloadError::Version(other.map(|(version, _)| *version))),
+    }
+}
+
+/// Makes connections to peers.
+#[derive(Debug, Clone)]
+pub struct Network {
+    identity: Identity,
+    me: u64,
+    heard: Heard,
+}
+
+/// When each peer replied last.
+type Heard = Arc<Mutex<BTreeMap<u64, Instant>>>;
+
+impl Network {
+    /// Calls as this identity.
+    pub fn new(identity: Identity, me: MetadId) -> Self {
+        Self {
+            identity,
+            me: me.0,
+            heard: Heard::default(),
+        }
+    }
+
+    /// Did this peer reply to anything lately?
+    pub fn heard_within(&self, peer: MetadId, span: Duration) -> bool {
+        let heard = self.heard.lock();
+        heard.get(&peer.0).is_some_and(|at| at.elapsed() < span)
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for Network {
+    type Network = Connection;
+
+    async fn new_client(&mut self, target: u64, node: &BasicNode) -> Connection {
+        Connection {
+            identity: self.identity.clone(),
+            me: self.me,
+            target,
+            address: node.addr.clone(),
+            peer: OnceCell::new(),
+            heard: Arc::clone(&self.heard),
+        }
+    }
+}
+
+/// The way to one peer.
+pub struct Connection {
+    identity: Identity,
+    me: u64,
+    target: u64,
+    address: String,
+    peer: OnceCell<RaftPeer>,
+    heard: Heard,
+}
+
+type CallResult<T, E> = Result<T, RPCError<u64, BasicNode, E>>;
+
+impl Connection {
+    async fn call<Q, A, E>(
+        &self,
+        rpc: RaftRpc,
+        request: &Q,
+        option: &RPCOption,
+        action: RPCTypes,
+    ) -> CallResult<A, E>
+    where
+        Q: Serialize,
+        A: DeserializeOwned,
+        E: std::error::Error + DeserializeOwned,
+    {
+        let peer = self
+            .peer
+            .get_or_try_init(|| async {
+                RaftPeer::new(MetadId(self.target), &self.address, &self.identity)
+            })
+            .await
+            .map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
+        let reply = peer.call(rpc, encode(request), option.hard_ttl()).await;
+        let reply = match reply {
+            Ok(reply) => reply,
+            Err(error @ RaftCallError::Unreachable { .. }) => {
+                return Err(RPCError::Unreachable(Unreachable::new(&error)));
+            }
+            Err(RaftCallError::Timeout { .. }) => {
+                return Err(RPCError::Timeout(Timeout {
+                    action,
+                    id: self.me,
+                    target: self.target,
+                    timeout: option.hard_ttl(),
+                }));
+            }
+            Err(error @ RaftCallError::Refused { .. }) => {
+                return Err(RPCError::Network(NetworkError::new(&error)));
+            }
+        };
+        self.heard.lock().insert(self.target, Instant::now());
+        let answer: Result<A, E> = decode(&reply)
+            .map_err(|error| RPCError::Network(NetworkError::new(&AnyError::new(&error))))?;
+        answer.map_err(|error| RPCError::RemoteError(RemoteError::new(self.target, error)))
+    }
+}
+
+impl RaftNetwork<TypeConfig> for Connection {
+    async fn append_entries(
+        &mut self,
+        rpc: AppendEntriesRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> CallResult<AppendEntriesResponse<u64>, RaftError<u64>> {
+        self.call(RaftRpc::Append, &rpc, &option, RPCTypes::AppendEntries)
+            .await
+    }
+
+    async fn install_snapshot(
+        &mut self,
+        rpc: InstallSnapshotRequest<TypeConfig>,
+        option: RPCOption,
+    ) -> CallResult<InstallSnapshotResponse<u64>, RaftError<u64, InstallSnapshotError>> {
+        self.call(RaftRpc::Snapshot, &rpc, &option, RPCTypes::InstallSnapshot)
+            .await
+    }
+
+    async fn vote(
+        &mut self,
+        rpc: VoteRequest<u64>,
+        option: RPCOption,
+    ) -> CallResult<VoteResponse<u64>, RaftError<u64>> {
+        self.call(RaftRpc::Vote, &rpc, &option, RPCTypes::Vote)
+            .await
+    }
+
+    fn backoff(&self) -> Backoff {
+        Backoff::new(std::iter::repeat(RETRY))
+    }
+}
+
+/// Takes what peers send.
+#[derive(Clone)]
+pub struct Inbound {
+    raft: Raft,
+}
+
+impl Inbound {
+    /// Hands it to this Raft.
+    pub fn new(raft: Raft) -> Self {
+        Self { raft }
+    }
+}
+
+/// The node in whose name a request speaks must be the one that sent it.
+fn check_sender(from: MetadId, vote: &crate::raft::Vote) -> Result<(), String> {
+    match vote.leader_id().voted_for() {
+        Some(claimed) if claimed != from.0 => {
+            Err(format!("metad {from} spoke in the name of metad {claimed}"))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[async_trait]
+impl RaftTransport for Inbound {
+    async fn handle(&self, from: MetadId, rpc: RaftRpc, payload: Bytes) -> Result<Bytes, String> {
+        let text = |error: PayloadError| error.to_string();
+        match rpc {
+            RaftRpc::Append => {
+                let request: AppendEntriesRequest<TypeConfig> = decode(&payload).map_err(text)?;
+                check_sender(from, &request.vote)?;
+                Ok(encode(&self.raft.append_entries(request).await))
+            }
+            RaftRpc::Vote => {
+                let request: VoteRequest<u64> = decode(&payload).map_err(text)?;
+                check_sender(from, &request.vote)?;
+                Ok(encode(&self.raft.vote(request).await))
+            }
+            RaftRpc::Snapshot => {
+                let request: InstallSnapshotRequest<TypeConfig> = decode(&payload).map_err(text)?;
+                check_sender(from, &request.vote)?;
+                Ok(encode(&self.raft.install_snapshot(request).await))
+            }
+        }
+    }
+}

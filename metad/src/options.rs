@@ -1,0 +1,71 @@
+//! What a person asks for: `qsfs metad bootstrap`, `join`, `serve`.
+
+use qsfs_proto::api::ClusterSettings;
+use qsfs_proto::context::Context;
+use qsfs_proto::token::JoinToken;
+use qsfs_zstor::id::{LocationName, MetadId, NodeName};
+use std::path::PathBuf;
+
+/// Lifetime of the tokens that a bootstrap prints.
+pub const BOOTSTRAP_TOKEN_TTL_MS: u64 = 24 * 3_600_000;
+
+/// Options of [`bootstrap`](fn@crate::bootstrap).
+#[derive(Debug, Clone)]
+pub struct BootstrapOptions {
+    /// Name of the first metad.
+    pub name: NodeName,
+    /// Its location.
+    pub location: LocationName,
+    /// `host:port` to listen on.
+    pub listen: String,
+    /// `host:port` by which others reach it, when that differs.
+    pub advertise: Option<String>,
+    /// Data directory; made when missing, else it must be empty.
+    pub data: PathBuf,
+    /// Settings of the cluster.
+    pub settings: ClusterSettings,
+    /// Tokens for agents to make, beside the two for metads.
+    pub agent_tokens: usize,
+}
+
+/// A new cluster.
+#[derive(Debug)]
+pub struct Bootstrapped {
+    /// For its admin.
+    pub context: Context,
+    /// Two for metads, then those for agents. Single use.
+    pub tokens: Vec<JoinToken>,
+    /// What to think of, for people.
+    pub warnings: Vec<String>,
+}
+
+/// Options of [`join`](fn@crate::join).
+#[derive(Debug, Clone)]
+pub struct JoinOptions {
+    /// Token, as printed.
+    pub token: String,
+    /// Unique name.
+    pub name: NodeName,
+    /// Location.
+    pub location: LocationName,
+    /// `host:port` to listen on.
+    pub listen: String,
+    /// `host:port` by which others reach it, when that differs.
+    pub advertise: Option<String>,
+    /// Data directory; made when missing, else it must be empty.
+    pub data: PathBuf,
+}
+
+/// A metad that joined and is to be served now.
+#[derive(Debug, Clone)]
+pub struct Joined {
+    /// Its Raft id.
+    pub id: MetadId,
+}
+
+/// Options of [`serve`](fn@crate::serve).
+#[derive(Debug, Clone)]
+pub struct ServeOptions {
+    /// Data directory of a bootstrap or join.
+    pub data: PathBuf,
+}

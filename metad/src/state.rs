@@ -1,0 +1,279 @@
+//! The replicated state: everything the cluster must agree on, and the one function that changes it.
+//!
+//! ```text
+//! Entry { time, request, command } -> apply(&mut State<K>) -> Reply or refusal
+//! ```
+//!
+//! Pure: no clock (time arrives in the entry), no randomness, no I/O besides the key-value reads behind [`kv::Kv`]. Iteration
+//! is in key order everywhere, so two nodes that apply the same entries hold the same bytes. What an entry writes is
+//! collected and merged only when it succeeded; the shell commits the batch together with the applied log id.
+//!
+//! One file per noun: [`volumes`], [`records`], [`backends`] (with agents), [`tokens`], [`members`], [`tombstones`],
+//! [`sessions`] (exactly-once), [`settings`] (with the cluster's identity, counters and log time).
+
+pub mod backends;
+pub mod command;
+pub mod kv;
+pub mod members;
+pub mod records;
+pub mod row;
+pub mod sessions;
+pub mod settings;
+pub mod tokens;
+pub mod tombstones;
+pub mod volumes;
+
+#[cfg(test)]
+mod tests;
+
+use command::{Command, Entry, Reply};
+use kv::{Batch, Kv, KvError};
+use qsfs_proto::api::{Applied, MetadError, Mutation};
+use qsfs_zstor::id::{BackendId, DatafileId, VolumeId};
+use std::collections::BTreeSet;
+
+/// What one command did: an answer, or a refusal that changed nothing.
+pub type Outcome = Result<Reply, MetadError>;
+
+/// Why a command does not go through: refused (part of the replicated history) or the store failed (it is not).
+#[derive(Debug, thiserror::Error)]
+pub enum Stop {
+    /// The same on every node.
+    #[error(transparent)]
+    Refused(#[from] MetadError),
+    /// Of this node only; apply must not go on.
+    #[error(transparent)]
+    Store(#[from] KvError),
+}
+
+/// What apply changed, for the planner's index: names only, the rows are read again.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// Records written or removed.
+    pub records: BTreeSet<(VolumeId, DatafileId)>,
+    /// Backends written.
+    pub backends: BTreeSet<BackendId>,
+    /// Volumes were created, altered or deleted.
+    pub volumes: bool,
+    /// Settings changed.
+    pub settings: bool,
+    /// Tombstones were made or removed.
+    pub tombstones: bool,
+}
+
+impl Touched {
+    /// Nothing changed that a plan depends on.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Adds what `other` holds.
+    pub fn merge(&mut self, mut other: Self) {
+        self.records.append(&mut other.records);
+        self.backends.append(&mut other.backends);
+        self.volumes |= other.volumes;
+        self.settings |= other.settings;
+        self.tombstones |= other.tombstones;
+    }
+}
+
+/// A view of the store plus what was changed since it was last committed.
+#[derive(Debug)]
+pub struct State<K> {
+    kv: K,
+    batch: Batch,
+    entry: Batch,
+    touched: Touched,
+    entry_touched: Touched,
+}
+
+impl<K: Kv> State<K> {
+    /// A view with nothing changed.
+    pub fn new(kv: K) -> Self {
+        Self {
+            kv,
+            batch: Batch::new(),
+            entry: Batch::new(),
+            touched: Touched::default(),
+            entry_touched: Touched::default(),
+        }
+    }
+
+    /// The changes since the view was made, to be committed atomically, and what they touched.
+    pub fn into_changes(self) -> (Batch, Touched) {
+        (self.batch, self.touched)
+    }
+
+    /// One value.
+    pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError> {
+        match self.entry.get(key).or_else(|| self.batch.get(key)) {
+            Some(value) => Ok(value.clone()),
+            None => self.kv.get(key),
+        }
+    }
+
+    /// Everything in `[from, until)` in key order, at most `max` pairs; fewer only at the end of the range.
+    pub(crate) fn range(
+        &self,
+        from: &[u8],
+        until: &[u8],
+        max: usize,
+    ) -> Result<Vec<kv::Pair>, KvError> {
+        let mut found = Vec::new();
+        let mut cursor = from.to_vec();
+        loop {
+            let page = self.kv.range(&cursor, until, max)?;
+            let full = page.len() == max;
+            let end = match page.last() {
+                Some((last, _)) if full => kv::after(last),
+                _ => until.to_vec(),
+            };
+            found.extend(self.overlaid(page, &cursor, &end));
+            if !full || found.len() >= max {
+                found.truncate(max);
+                return Ok(found);
+            }
+            cursor = end;
+        }
+    }
+
+    fn overlaid(&self, page: Vec<kv::Pair>, from: &[u8], until: &[u8]) -> Vec<kv::Pair> {
+        if self.batch.is_empty() && self.entry.is_empty() || from >= until {
+            return page;
+        }
+        let bounds = (
+            std::ops::Bound::Included(from.to_vec()),
+            std::ops::Bound::Excluded(until.to_vec()),
+        );
+        let mut merged: Batch = page
+            .into_iter()
+            .map(|(key, value)| (key, Some(value)))
+            .collect();
+        for layer in [&self.batch, &self.entry] {
+            for (key, value) in layer.range(bounds.clone()) {
+                merged.insert(key.clone(), value.clone());
+            }
+        }
+        merged
+            .into_iter()
+            .filter_map(|(key, value)| value.map(|value| (key, value)))
+            .collect()
+    }
+
+    pub(crate) fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {
+        self.entry.insert(key, Some(value));
+    }
+
+    pub(crate) fn delete(&mut self, key: Vec<u8>) {
+        self.entry.insert(key, None);
+    }
+
+    pub(crate) fn touch(&mut self) -> &mut Touched {
+        &mut self.entry_touched
+    }
+
+    fn keep_entry(&mut self) {
+        self.batch.append(&mut self.entry);
+        self.touched.merge(std::mem::take(&mut self.entry_touched));
+    }
+
+    fn drop_entry(&mut self) {
+        self.entry.clear();
+        self.entry_touched = Touched::default();
+    }
+}
+
+/// Applies one log entry. The only way replicated state changes.
+///
+/// A retry of a request that was applied gets the first answer. A refusal changes nothing but log time and
+/// the session. An error is the store's, never the command's: the caller must stop applying.
+pub fn apply<K: Kv>(state: &mut State<K>, entry: &Entry) -> Result<Outcome, KvError> {
+    let now_ms = settings::advance_time(state, entry.time_ms)?;
+    sessions::sweep(state, now_ms)?;
+    state.keep_entry();
+    if let Some(request) = &entry.request
+        && let Some(answer) = sessions::answered(state, request)?
+    {
+        return Ok(answer);
+    }
+    let outcome = match run(state, &entry.command, now_ms) {
+        Ok(reply) => {
+            state.keep_entry();
+            Ok(reply)
+        }
+        Err(Stop::Refused(refusal)) => {
+            state.drop_entry();
+            Err(refusal)
+        }
+        Err(Stop::Store(error)) => return Err(error),
+    };
+    if let Some(request) = &entry.request {
+        sessions::remember(state, request, &outcome, now_ms)?;
+        state.keep_entry();
+    }
+    Ok(outcome)
+}
+
+fn run<K: Kv>(state: &mut State<K>, command: &Command, now_ms: u64) -> Result<Reply, Stop> {
+    match command {
+        Command::Mutation(mutation) => Ok(Reply::Applied(mutate(state, mutation, now_ms)?)),
+        Command::Initialize(cluster) => settings::initialize(state, cluster, now_ms),
+        Command::SetVerdicts(verdicts) => backends::set_verdicts(state, verdicts, now_ms),
+        Command::ConsumeToken { hash, role, csr } => {
+            tokens::consume(state, hash, *role, csr, now_ms)?;
+            Ok(Reply::Applied(Applied::Done))
+        }
+        Command::AdmitMetad(admission) => members::admit(state, admission, now_ms),
+        Command::RemoveMetad(id) => members::remove(state, *id),
+        Command::OrderDeletes(places) => tombstones::order(state, places, now_ms),
+        Command::ShardDeleted(place) => tombstones::deleted(state, place),
+        Command::ReapVolume(volume) => volumes::reap(state, *volume, now_ms),
+    }
+}
+
+fn mutate<K: Kv>(state: &mut State<K>, mutation: &Mutation, now_ms: u64) -> Result<Applied, Stop> {
+    match mutation {
+        Mutation::CreateVolume { .. } => volumes::create(state, mutation, now_ms),
+        Mutation::AlterVolume { volume, settings } => volumes::alter(state, *volume, settings),
+        Mutation::DeleteVolume { volume } => volumes::delete(state, *volume, now_ms),
+        Mutation::AcquireLease {
+            volume,
+            client,
+            holder,
+            takeover,
+        } => volumes::acquire(state, *volume, (*client, holder), *takeover, now_ms),
+        Mutation::RenewLease { volume, epoch, .. } => {
+            volumes::renew(state, *volume, *epoch, now_ms)
+        }
+        Mutation::ReleaseLease { volume, epoch } => volumes::release(state, *volume, *epoch),
+        Mutation::CommitDatafiles {
+            volume,
+            epoch,
+            records,
+            head,
+        } => records::commit(state, (*volume, *epoch), records, head.as_ref()),
+        Mutation::ReleaseDatafiles {
+            volume,
+            epoch,
+            datafiles,
+        } => records::release(state, (*volume, *epoch), datafiles, now_ms),
+        Mutation::SwapShard { .. } => records::swap(state, mutation, now_ms),
+        Mutation::ReportShards { reports } => records::report(state, reports),
+        Mutation::RegisterAgent { location, node } => {
+            backends::register_agent(state, location, node)
+        }
+        Mutation::RegisterBackend {
+            agent,
+            address,
+            capacity_bytes,
+        } => backends::register(state, *agent, address, *capacity_bytes, now_ms),
+        Mutation::SetBackendIntent { backend, intent } => {
+            backends::set_intent(state, *backend, *intent)
+        }
+        Mutation::SetSettings(settings) => settings::set(state, settings),
+        Mutation::CreateToken { hash, role, ttl_ms } => {
+            tokens::create(state, hash, *role, *ttl_ms, now_ms)
+        }
+        Mutation::RevokeToken { prefix } => tokens::revoke(state, prefix),
+    }
+}

@@ -1,0 +1,169 @@
+//! Singletons: the cluster's identity and settings, id counters, log time, rot counters.
+
+use super::command::{Genesis, Reply};
+use super::kv::{Kv, KvError};
+use super::row::{Key, Table};
+use super::{State, Stop, members, tokens};
+use qsfs_proto::api::{Applied, ClusterSettings, MetadError};
+use qsfs_proto::status::RotStatus;
+use qsfs_zstor::id::ClusterId;
+use serde::{Deserialize, Serialize};
+
+/// The cluster as agreed on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cluster {
+    /// Identity.
+    pub id: ClusterId,
+    /// PEM of its certificate authority.
+    pub ca_pem: String,
+    /// When it was bootstrapped, ms since the epoch.
+    pub created_ms: u64,
+}
+
+/// The next ids to give out. Ids are never reused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Agents.
+    pub agent: u64,
+    /// Backends.
+    pub backend: u64,
+    /// Metad nodes.
+    pub metad: u64,
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Self {
+            agent: 1,
+            backend: 1,
+            metad: 2,
+        }
+    }
+}
+
+fn single(name: &str) -> Vec<u8> {
+    Key::of(Table::Single).bytes(name.as_bytes()).done()
+}
+
+/// Log time: the running maximum of the entries' times, so that it never goes back.
+pub(super) fn advance_time<K: Kv>(state: &mut State<K>, time_ms: u64) -> Result<u64, KvError> {
+    let last = state.log_time_ms()?;
+    if time_ms > last {
+        state.put_row(single("time"), &time_ms);
+    }
+    Ok(time_ms.max(last))
+}
+
+pub(super) fn initialize<K: Kv>(
+    state: &mut State<K>,
+    genesis: &Genesis,
+    now_ms: u64,
+) -> Result<Reply, Stop> {
+    if let Some(cluster) = state.cluster()? {
+        return Err(MetadError::Exists(format!("cluster {}", cluster.id)).into());
+    }
+    check(&genesis.settings)?;
+    let cluster = Cluster {
+        id: genesis.cluster,
+        ca_pem: genesis.ca_pem.clone(),
+        created_ms: now_ms,
+    };
+    state.put_row(single("cluster"), &cluster);
+    state.put_row(single("settings"), &genesis.settings);
+    members::put(state, &genesis.member);
+    for (hash, role, ttl_ms) in &genesis.tokens {
+        tokens::create(state, hash, *role, *ttl_ms, now_ms)?;
+    }
+    state.touch().settings = true;
+    Ok(Reply::Applied(Applied::Done))
+}
+
+pub(super) fn set<K: Kv>(
+    state: &mut State<K>,
+    settings: &ClusterSettings,
+) -> Result<Applied, Stop> {
+    check(settings)?;
+    state.put_row(single("settings"), settings);
+    state.touch().settings = true;
+    Ok(Applied::Done)
+}
+
+/// Refuses settings that contradict themselves.
+pub fn check(settings: &ClusterSettings) -> Result<(), MetadError> {
+    let rules = [
+        (
+            settings.heartbeat_ms >= 50,
+            "heartbeat must be at least 50 ms",
+        ),
+        (
+            settings.suspect_after_ms >= 2 * settings.heartbeat_ms,
+            "suspect-after must be at least two heartbeats",
+        ),
+        (
+            settings.down_after_ms >= settings.suspect_after_ms,
+            "down-after must not be shorter than suspect-after",
+        ),
+        (
+            settings.lost_after_ms >= settings.down_after_ms,
+            "lost-after must not be shorter than down-after",
+        ),
+        (
+            settings.scrub_interval_ms >= 1_000,
+            "scrub interval must be at least 1 s",
+        ),
+        (
+            settings.lease_ttl_ms >= 1_000,
+            "lease lifetime must be at least 1 s",
+        ),
+        (
+            settings.rebuilds_max >= 1,
+            "at least one rebuild must be allowed",
+        ),
+    ];
+    match rules.iter().find(|(holds, _)| !holds) {
+        Some((_, rule)) => Err(MetadError::Invalid((*rule).to_owned())),
+        None => Ok(()),
+    }
+}
+
+impl<K: Kv> State<K> {
+    /// Log time in ms since the epoch.
+    pub fn log_time_ms(&self) -> Result<u64, KvError> {
+        Ok(self.row(&single("time"))?.unwrap_or(0))
+    }
+
+    /// The cluster, once initialised.
+    pub fn cluster(&self) -> Result<Option<Cluster>, KvError> {
+        self.row(&single("cluster"))
+    }
+
+    /// Cluster settings.
+    pub fn settings(&self) -> Result<ClusterSettings, KvError> {
+        Ok(self.row(&single("settings"))?.unwrap_or_default())
+    }
+
+    /// Rot found and mended.
+    pub fn rot(&self) -> Result<RotStatus, KvError> {
+        Ok(self.row(&single("rot"))?.unwrap_or_default())
+    }
+
+    pub(super) fn put_rot(&mut self, rot: &RotStatus) {
+        self.put_row(single("rot"), rot);
+    }
+
+    pub(super) fn counters(&self) -> Result<Counters, KvError> {
+        Ok(self.row(&single("counters"))?.unwrap_or_default())
+    }
+
+    pub(super) fn put_counters(&mut self, counters: &Counters) {
+        self.put_row(single("counters"), counters);
+    }
+
+    pub(super) fn last_sweep_ms(&self) -> Result<u64, KvError> {
+        Ok(self.row(&single("sweep"))?.unwrap_or(0))
+    }
+
+    pub(super) fn put_last_sweep_ms(&mut self, now_ms: u64) {
+        self.put_row(single("sweep"), &now_ms);
+    }
+}
