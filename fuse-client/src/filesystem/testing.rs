@@ -159,3 +159,13 @@ pub(crate) fn replayed(dir: &std::path::Path, records: &[Vec<u8>]) -> Namespace 
     }
     namespace
 }
+
+/// A temporary directory in memory where the machine has one: what is tested is not the disk.
+pub(crate) fn scratch() -> tempfile::TempDir {
+    let memory = std::path::Path::new("/dev/shm");
+    if memory.is_dir() {
+        tempfile::tempdir_in(memory).expect("make a directory in /dev/shm")
+    } else {
+        tempfile::tempdir().expect("make a temporary directory")
+    }
+}
