@@ -260,6 +260,11 @@ impl LocalStore {
             .sum()
     }
 
+    /// Is it a data datafile that is open or closing?
+    pub fn is_open(&self, id: DatafileId) -> bool {
+        self.open_data.read().contains_key(&id)
+    }
+
     /// Highest id given out so far.
     pub fn last_id(&self) -> DatafileId {
         DatafileId(self.next_id.load(Ordering::Acquire).saturating_sub(1))

@@ -20,4 +20,3 @@ pub mod datafile;
 pub mod engine;
 mod hex;
 pub mod media;
-pub mod server;

@@ -1,1 +1,1 @@
-//! x
+//! Transfers against backends in memory.
