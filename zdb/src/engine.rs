@@ -23,6 +23,7 @@ mod store;
 mod tests;
 
 pub use entry::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
+pub(crate) use namespace::Answer;
 pub use namespace::{KeyPage, KeyStat, Namespace, NamespaceOptions, Usage};
 pub use settings::NamespaceSettings;
 pub use store::DamageReport;

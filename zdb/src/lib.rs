@@ -20,3 +20,4 @@ pub mod datafile;
 pub mod engine;
 mod hex;
 pub mod media;
+pub mod server;

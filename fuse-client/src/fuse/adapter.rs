@@ -556,17 +556,17 @@ impl Filesystem for Adapter {
             .filesystem
             .readdir(ino(file), handle.0, offset, true, &mut |line| {
                 let entry = line.entry;
-                // Number 0 means: no lookup came with it. So for `.` and `..`, as the kernel wants it.
+                // Only `.` and `..` come without attributes; of those the kernel takes no more than number and type.
                 let attributes = match &line.attributes {
                     Some(attributes) => file_attr(attributes),
                     None => fuser::FileAttr {
+                        ino: INodeNo(entry.ino.0),
                         kind: file_type(entry.kind),
                         ..nothing()
                     },
                 };
-                let number = line.attributes.map_or(0, |attributes| attributes.ino.0);
                 let full = reply.add(
-                    INodeNo(number),
+                    attributes.ino,
                     entry.cookie,
                     OsStr::from_bytes(&entry.name),
                     &self.ttl,

@@ -101,10 +101,15 @@ impl Pool {
         let slot = self.slot(purpose);
         slot.busy.fetch_add(1, Ordering::Relaxed);
         let _busy = Busy(&slot.busy);
-        let mut attempts = 2;
+        let mut broken = None;
         loop {
-            attempts -= 1;
-            let (mut redis, generation) = self.connected(slot).await?;
+            let first = broken.is_none();
+            let (mut redis, generation) = match (self.connected(slot).await, broken) {
+                (Ok(connection), _) => connection,
+                // The first attempt may have been carried out: the outcome is unknown, not "nothing happened".
+                (Err(_), Some(reason)) => return Err(self.error(Failure::Broken(reason))),
+                (Err(error), None) => return Err(error),
+            };
             let answer = tokio::time::timeout(
                 self.config.request_timeout,
                 redis.send_packed_command(command),
@@ -126,7 +131,9 @@ impl Pool {
                 slot.discard(generation).await;
             }
             match failure {
-                Failure::Broken(_) if attempts > 0 && repeat == Repeat::Once => {}
+                Failure::Broken(reason) if first && repeat == Repeat::Once => {
+                    broken = Some(reason);
+                }
                 failure => return Err(self.error(failure)),
             }
         }

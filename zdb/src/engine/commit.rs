@@ -47,6 +47,16 @@ pub(super) enum Done {
     Deleted,
 }
 
+impl Done {
+    /// The key of what was stored.
+    pub(super) fn key(self) -> Option<Bytes> {
+        match self {
+            Self::Stored(key) => Some(key),
+            Self::Unchanged | Self::Deleted => None,
+        }
+    }
+}
+
 /// An entry to append for one operation.
 struct Planned {
     operation: usize,

@@ -440,20 +440,25 @@ pub(crate) struct Answer(oneshot::Receiver<Result<Done, EngineError>>);
 
 impl Answer {
     /// Wait for a SET: the key, or `None` if the value was the same already.
-    pub(crate) async fn stored(self) -> Result<Option<Bytes>, EngineError> {
-        match self.done().await? {
-            Done::Stored(key) => Ok(Some(key)),
-            Done::Unchanged | Done::Deleted => Ok(None),
+    pub(crate) async fn stored(&mut self) -> Result<Option<Bytes>, EngineError> {
+        match (&mut self.0).await {
+            Ok(outcome) => outcome.map(Done::key),
+            Err(_) => Err(EngineError::Closed),
         }
     }
 
     /// Wait for a DEL.
-    pub(crate) async fn deleted(self) -> Result<(), EngineError> {
-        self.done().await.map(|_| ())
+    pub(crate) async fn deleted(&mut self) -> Result<(), EngineError> {
+        self.stored().await.map(|_| ())
     }
 
-    async fn done(self) -> Result<Done, EngineError> {
-        self.0.await.unwrap_or(Err(EngineError::Closed))
+    /// As [`Answer::stored`], if it is known already.
+    pub(crate) fn try_stored(&mut self) -> Option<Result<Option<Bytes>, EngineError>> {
+        match self.0.try_recv() {
+            Ok(outcome) => Some(outcome.map(Done::key)),
+            Err(oneshot::error::TryRecvError::Empty) => None,
+            Err(oneshot::error::TryRecvError::Closed) => Some(Err(EngineError::Closed)),
+        }
     }
 }
 
