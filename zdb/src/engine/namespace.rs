@@ -374,7 +374,7 @@ impl Namespace {
         })
     }
 
-    /// Damage found so far: at open, by reads, by compaction.
+    /// Damage found so far (at open, by reads, by compaction) that still stands.
     pub fn damaged(&self) -> Vec<DamageReport> {
         self.shared.store.damaged()
     }

@@ -325,8 +325,18 @@ impl Store {
         }
     }
 
+    /// Damage that still stands: a value that was overwritten or deleted since, or a file that was compacted away, is mended.
     pub(super) fn damaged(&self) -> Vec<DamageReport> {
-        self.damaged.lock().clone()
+        let mut damaged = self.damaged.lock();
+        let state = self.state.read();
+        damaged.retain(|report| match &report.key {
+            Some(key) => state.index.get(key).is_some_and(|(_, entry)| {
+                entry.place.offset == report.offset
+                    && report.path.ends_with(file_name(entry.place.file))
+            }),
+            None => self.media.exists(&report.path),
+        });
+        damaged.clone()
     }
 
     /// Is the directory still the one that was opened?

@@ -291,6 +291,10 @@ fn rot_under_a_running_engine_is_an_error_and_other_keys_go_on() {
     // Repair is an overwrite or a deletion, as for any key.
     assert!(delete(&namespace, b"a").unwrap());
     assert_eq!(namespace.get_blocking(b"a").unwrap(), None);
+    assert!(
+        namespace.damaged().is_empty(),
+        "mended damage is no longer listed"
+    );
 }
 
 #[test]
@@ -499,5 +503,77 @@ fn background_compaction_keeps_the_disk_small() {
             namespace.get_blocking(&key(k)).unwrap().unwrap(),
             value(700, 199)
         );
+    }
+}
+
+/// Many operations share a commit; a crash tears some frames of it and leaves others whole. What was acknowledged is there, the rest is
+/// whole or absent, nothing counts as damage, and a second crash right after the recovery changes nothing.
+#[test]
+fn a_crash_in_a_shared_commit_keeps_what_was_acknowledged() {
+    for crash in 0..60 {
+        let media = SimMedia::new();
+        media.inject(Fault::CrashAfter(crash));
+        let mut certain: Model = Model::new();
+        let mut possible: BTreeMap<Vec<u8>, Option<Vec<u8>>> = BTreeMap::new();
+        if let Ok((_engine, namespace)) = open(&media) {
+            for round in 0..6_u8 {
+                let batch = (0..8_u8).map(|k| {
+                    let namespace = &namespace;
+                    async move {
+                        if round > 0 && k % 4 == round % 4 {
+                            (k, None, namespace.delete(&key(k)).await.is_ok())
+                        } else {
+                            let value = value(700 + 97 * u16::from(k), round * 16 + k + 1);
+                            let set = namespace.set(&key(k), Bytes::from(value.clone())).await;
+                            (k, Some(value), set.is_ok())
+                        }
+                    }
+                });
+                for (k, wanted, done) in block_on(futures::future::join_all(batch)) {
+                    match (done, wanted) {
+                        (true, Some(value)) => drop(certain.insert(key(k), value)),
+                        (true, None) => drop(certain.remove(&key(k))),
+                        (false, wanted) => drop(possible.insert(key(k), wanted)),
+                    }
+                }
+                if !possible.is_empty() {
+                    break;
+                }
+            }
+        }
+        for seed in 0..4 {
+            let after = media.restart(crash * 7 + seed);
+            let mut seen: Option<Model> = None;
+            for again in 0..2 {
+                let after = if again == 0 {
+                    after.clone()
+                } else {
+                    after.restart(seed)
+                };
+                let (_engine, namespace) = opened(&after);
+                assert!(
+                    namespace.damaged().is_empty(),
+                    "crash {crash}: {:?}",
+                    namespace.damaged()
+                );
+                let mut found = Model::new();
+                for k in 0..8 {
+                    let now = namespace
+                        .get_blocking(&key(k))
+                        .unwrap()
+                        .map(|value| value.to_vec());
+                    let kept = now.as_ref() == certain.get(&key(k));
+                    let done = possible.get(&key(k)) == Some(&now);
+                    assert!(kept || done, "crash {crash} seed {seed} key {k}: {now:?}");
+                    found.extend(now.map(|value| (key(k), value)));
+                }
+                assert_same(&namespace, &found);
+                assert!(
+                    seen.is_none_or(|seen| seen == found),
+                    "crash {crash}: recovery is not stable"
+                );
+                seen = Some(found);
+            }
+        }
     }
 }
