@@ -62,7 +62,7 @@ impl Store for MemoryStore {
             let last = datafiles.last_mut().expect("there is always one");
             let room = self.datafile_bytes - last.len();
             if room == 0 {
-                datafiles.push(Vec::new());
+                datafiles.push(Vec::with_capacity(self.datafile_bytes));
                 continue;
             }
             let (part, rest) = data.split_at(room.min(data.len()));

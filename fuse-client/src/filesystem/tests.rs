@@ -467,7 +467,7 @@ fn check_live_bytes(namespace: &Namespace) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
 
     #[test]
     fn every_prefix_of_the_journal_is_the_model_at_that_point(steps in steps(), cut in 0..1000usize) {

@@ -259,3 +259,116 @@ assert s.f_namemax == 255 and s.f_blocks * s.f_frsize == 1 << 40
         .unwrap();
     assert!(line.contains("fuse.qsfs qsfs:test"), "{line}");
 }
+
+/// User and system time of this process so far.
+fn cpu_seconds() -> f64 {
+    let stat = fs::read_to_string("/proc/self/stat").unwrap();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split(' ').collect();
+    let ticks = |index: usize| fields[index].parse::<f64>().unwrap();
+    (ticks(12) + ticks(13)) / 100.0
+}
+
+/// Prints what the mount does over a store in memory: `cargo test --release -p qsfs-fuse-client measure -- --ignored
+/// --nocapture`.
+#[test]
+#[ignore = "a benchmark, not a test"]
+fn measure_the_mount() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let timed = |what: &str, unit: &str, amount: f64, work: &mut dyn FnMut()| {
+        let (start, cpu) = (std::time::Instant::now(), cpu_seconds());
+        work();
+        let rate = amount / start.elapsed().as_secs_f64();
+        let cpu = amount / (cpu_seconds() - cpu);
+        eprintln!("{what}: {rate:.0} {unit}/s, {cpu:.0} per CPU second");
+    };
+    let dir = mounted.path.join("many");
+    fs::create_dir(&dir).unwrap();
+    let small = vec![5; 4096];
+    let count = 20_000u32;
+    let name = |number: u32| dir.join(format!("{number:06}"));
+    timed(
+        "create+write+close 4 KiB",
+        "files",
+        f64::from(count),
+        &mut || {
+            for number in 0..count {
+                fs::write(name(number), &small).unwrap();
+            }
+        },
+    );
+    timed("list and stat", "files", f64::from(count), &mut || {
+        for entry in fs::read_dir(&dir).unwrap() {
+            entry.unwrap().metadata().unwrap();
+        }
+    });
+    timed("open+read+close", "files", f64::from(count), &mut || {
+        for number in 0..count {
+            assert_eq!(fs::read(name(number)).unwrap().len(), 4096);
+        }
+    });
+    timed("unlink", "files", f64::from(count), &mut || {
+        for number in 0..count {
+            fs::remove_file(name(number)).unwrap();
+        }
+    });
+    let path = mounted.path.join("large");
+    let megabytes = 1024;
+    let block = vec![9; 1 << 20];
+    timed(
+        "sequential write",
+        "MB",
+        1.048_576 * f64::from(megabytes),
+        &mut || {
+            let mut file = fs::File::create(&path).unwrap();
+            for _ in 0..megabytes {
+                file.write_all(&block).unwrap();
+            }
+            file.sync_all().unwrap();
+        },
+    );
+    let read_all = || {
+        let mut file = fs::File::open(&path).unwrap();
+        let mut buffer = vec![0; 1 << 20];
+        while file.read(&mut buffer).unwrap() > 0 {}
+    };
+    timed(
+        "sequential read, kernel's pages",
+        "MB",
+        1.048_576 * f64::from(megabytes),
+        &mut || {
+            read_all();
+        },
+    );
+    mounted.handle().drop_kernel_pages().unwrap();
+    timed(
+        "sequential read, local",
+        "MB",
+        1.048_576 * f64::from(megabytes),
+        &mut || {
+            read_all();
+        },
+    );
+    mounted.handle().drop_kernel_pages().unwrap();
+    let file = fs::File::open(&path).unwrap();
+    let mut page = vec![0; 4096];
+    timed("random 4 KiB reads", "reads", 20_000.0, &mut || {
+        let mut place = 12345u64;
+        for _ in 0..20_000 {
+            place = place
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1);
+            file.read_exact_at(&mut page, (place >> 20) % (1 << 18) * 4096)
+                .unwrap();
+        }
+    });
+    drop(file);
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    timed("4 KiB appends", "writes", 20_000.0, &mut || {
+        for index in 0..20_000u64 {
+            file.write_all_at(&small, (1 << 30) + index * 4096).unwrap();
+        }
+    });
+    drop(file);
+}
