@@ -18,6 +18,23 @@ pub struct DirectoryEntry {
     pub attributes: Option<Attributes>,
 }
 
+/// What is made, besides its name and owner.
+#[derive(Default)]
+struct NewInode<'a> {
+    mode: u32,
+    rdev: u32,
+    target: &'a [u8],
+}
+
+impl NewInode<'_> {
+    fn of(kind: u32, permissions: u32) -> Self {
+        Self {
+            mode: kind | (permissions & 0o7777),
+            ..Self::default()
+        }
+    }
+}
+
 fn check_name(name: &[u8]) -> Result<(), FsError> {
     if name.len() > NAME_BYTES_MAX {
         return Err(FsError::NameTooLong);
@@ -51,12 +68,11 @@ impl FileSystem {
         &self,
         parent: Ino,
         name: &[u8],
-        mode: u32,
-        rdev: u32,
-        target: &[u8],
+        new: NewInode<'_>,
         caller: Caller,
         prepare: impl FnOnce(Ino),
     ) -> Result<Attributes, FsError> {
+        let NewInode { mode, rdev, target } = new;
         check_name(name)?;
         let mut new = None;
         self.execute(caller.now, |plan| {
@@ -93,18 +109,11 @@ impl FileSystem {
         caller: Caller,
     ) -> Result<Attributes, FsError> {
         let mut opened = None;
-        let made = self.make(
-            parent,
-            name,
-            libc::S_IFREG | (permissions & 0o7777),
-            0,
-            b"",
-            caller,
-            |ino| {
-                self.handles.open(ino);
-                opened = Some(ino);
-            },
-        );
+        let new = NewInode::of(libc::S_IFREG, permissions);
+        let made = self.make(parent, name, new, caller, |ino| {
+            self.handles.open(ino);
+            opened = Some(ino);
+        });
         if let (Err(_), Some(ino)) = (&made, opened) {
             self.handles.close(ino);
         }
@@ -122,7 +131,12 @@ impl FileSystem {
     ) -> Result<Attributes, FsError> {
         match mode & libc::S_IFMT {
             libc::S_IFREG | libc::S_IFIFO | libc::S_IFSOCK | libc::S_IFCHR | libc::S_IFBLK => {
-                self.make(parent, name, mode, rdev, b"", caller, |_| {})
+                let new = NewInode {
+                    mode,
+                    rdev,
+                    target: b"",
+                };
+                self.make(parent, name, new, caller, |_| {})
             }
             _ => Err(FsError::Invalid("type of mknod")),
         }
@@ -136,8 +150,8 @@ impl FileSystem {
         permissions: u32,
         caller: Caller,
     ) -> Result<Attributes, FsError> {
-        let mode = libc::S_IFDIR | (permissions & 0o7777);
-        self.make(parent, name, mode, 0, b"", caller, |_| {})
+        let new = NewInode::of(libc::S_IFDIR, permissions);
+        self.make(parent, name, new, caller, |_| {})
     }
 
     /// A new symlink.
@@ -151,15 +165,11 @@ impl FileSystem {
         if target.len() > TARGET_BYTES_MAX {
             return Err(FsError::NameTooLong);
         }
-        self.make(
-            parent,
-            name,
-            libc::S_IFLNK | 0o777,
-            0,
+        let new = NewInode {
             target,
-            caller,
-            |_| {},
-        )
+            ..NewInode::of(libc::S_IFLNK, 0o777)
+        };
+        self.make(parent, name, new, caller, |_| {})
     }
 
     /// Target of a symlink.
@@ -269,7 +279,7 @@ impl FileSystem {
         rest.map_or(Ok(()), |ino| self.reap(ino, caller.now))
     }
 
-    /// Opens a file; answers false if it is gone or not a regular file.
+    /// Opens a file: from now on it lives until [`FileSystem::release`], with or without a name.
     pub fn open(&self, ino: Ino) -> Result<Attributes, FsError> {
         // No operation runs in between: an unlink sees the handle, or this sees the unlink.
         let found = self.namespace.still(|| {

@@ -78,8 +78,12 @@ fn resolve(path: &Path) -> std::io::Result<PathBuf> {
     }
 }
 
-fn is_dead(path: &Path) -> bool {
-    matches!(std::fs::metadata(path), Err(error) if error.raw_os_error() == Some(Errno::ENOTCONN as i32))
+/// Asks with `statfs`, which the kernel never answers from memory: attributes it may know for a day.
+pub(super) fn is_dead(path: &Path) -> bool {
+    matches!(
+        nix::sys::statfs::statfs(path),
+        Err(Errno::ENOTCONN | Errno::ECONNABORTED)
+    )
 }
 
 fn detach_dead(path: &Path) -> Result<bool, MountError> {

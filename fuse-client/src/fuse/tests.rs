@@ -260,6 +260,60 @@ assert s.f_namemax == 255 and s.f_blocks * s.f_frsize == 1 << 40
     assert!(line.contains("fuse.qsfs qsfs:test"), "{line}");
 }
 
+const DOOMED: &str = "QSFS_TEST_DOOMED_MOUNT";
+
+/// Runs in a process of its own, which the test below kills.
+#[test]
+#[ignore = "the other half of the test below"]
+fn a_mount_that_waits_to_be_killed() {
+    let path = std::env::var_os(DOOMED).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let namespace = Arc::new(Namespace::open(&dir.path().join("names")).unwrap());
+    let store = Arc::new(MemoryStore::new(1 << 20));
+    let options = FileSystemOptions::default();
+    let filesystem = FileSystem::new(namespace, store, options, own_caller()).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let options = MountOptions {
+        mount_point: path.into(),
+        volume: "doomed".into(),
+    };
+    let _handle = mount(&options, Arc::new(filesystem), runtime.handle().clone()).unwrap();
+    // The parent waits for this.
+    fs::remove_dir_all(dir.path()).unwrap();
+    println!("mounted");
+    loop {
+        std::thread::park();
+    }
+}
+
+#[test]
+fn a_dead_mount_of_a_killed_process_is_detached() {
+    use std::io::BufRead;
+    if !std::path::Path::new("/dev/fuse").exists() {
+        eprintln!("skipped: /dev/fuse is missing on this machine");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mnt");
+    fs::create_dir(&path).unwrap();
+    let mut child = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "--nocapture"])
+        .arg("fuse::tests::a_mount_that_waits_to_be_killed")
+        .env(DOOMED, &path)
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let output = std::io::BufReader::new(child.stdout.take().unwrap());
+    let mounted = output.lines().any(|line| line.unwrap().contains("mounted"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(mounted, "the child did not mount");
+    assert!(super::mountpoint::is_dead(&path));
+    let checked = check_mount_point(&path).unwrap();
+    assert!(checked.detached_dead_mount);
+    assert_eq!(fs::read_dir(&path).unwrap().count(), 0);
+}
+
 /// User and system time of this process so far.
 fn cpu_seconds() -> f64 {
     let stat = fs::read_to_string("/proc/self/stat").unwrap();

@@ -276,6 +276,9 @@ impl<'a> Draft<'a> {
     }
 }
 
+/// Takes a row; says whether to go on.
+pub(super) type Visit<'v> = dyn FnMut(&[u8], &Slice) -> Result<ControlFlow<()>, TableError> + 'v;
+
 /// Reading rows through the layers, newest first.
 pub(super) trait Rows {
     /// Newest first.
@@ -300,12 +303,7 @@ pub(super) trait Rows {
     }
 
     /// Visits the rows of `from..to` in order until told to stop.
-    fn scan(
-        &self,
-        from: &[u8],
-        to: &[u8],
-        visit: &mut dyn FnMut(&[u8], &Slice) -> Result<ControlFlow<()>, TableError>,
-    ) -> Result<(), TableError> {
+    fn scan(&self, from: &[u8], to: &[u8], visit: &mut Visit<'_>) -> Result<(), TableError> {
         let mut merge = Merge::new(self, from, to, false);
         while let Some((key, value)) = merge.next_row()? {
             if visit(key.bytes(), &value)?.is_break() {
