@@ -106,6 +106,44 @@ pub enum AgentError {
         #[source]
         source: std::io::Error,
     },
+    /// A backend's namespace could not be made.
+    #[error("backend {path} cannot be made: {reason}")]
+    Backend {
+        /// Its directory.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A 0-db that cannot be attached.
+    #[error("0-db {endpoint}, namespace {namespace}, cannot be attached: {reason}")]
+    Attach {
+        /// `host:port`.
+        endpoint: String,
+        /// Namespace.
+        namespace: String,
+        /// Why.
+        reason: String,
+    },
+    /// The token is not one, or of another role.
+    #[error("join token: {0}")]
+    Token(String),
+    /// The agent's certificate and key.
+    #[error("identity: {0}")]
+    Identity(#[from] qsfs_proto::identity::IdentityError),
+    /// TLS.
+    #[error(transparent)]
+    Tls(#[from] qsfs_proto::tls::TlsError),
+    /// The server of the backends ended.
+    #[error("serving backends on {address} ended: {reason}")]
+    Server {
+        /// Address.
+        address: String,
+        /// Why.
+        reason: String,
+    },
+    /// metad answered something else than was asked.
+    #[error("metad answered {0} where an id belongs; do its version and this one fit together?")]
+    Answer(String),
     /// metad refused or did not answer.
     #[error("metad: {0}")]
     Metad(#[from] MetadError),

@@ -37,8 +37,8 @@ impl Default for Limits {
         Self {
             rebuilds_max: 4,
             deletions_max: 4,
-            bytes_max: 96 << 20,
-            job_bytes_max: 32 << 20,
+            bytes_max: 64 << 20,
+            job_bytes_max: 24 << 20,
         }
     }
 }

@@ -14,15 +14,36 @@
 //! - [`options`]: what a person asks for
 //! - [`join`](fn@join), [`serve`](fn@serve): the two verbs
 //! - [`jobs`]: which rebuilds and deletions run now (`step`)
+//! - [`scrub`]: which shard is verified next (`step`); [`orphans`]: which keys belong to no record
+//! - [`cluster`], [`store`]: the seams to metad and to backends
 
+mod attached;
+mod client_store;
+pub mod cluster;
+mod config;
+mod director;
+mod durable;
 mod error;
 #[cfg(test)]
 mod fixture;
+mod hosted;
 pub mod jobs;
 mod join;
+mod local;
+mod metad;
+mod noticer;
 pub mod options;
+pub mod orphans;
+mod rebuild;
 pub mod scrub;
 mod serve;
+mod session;
+pub mod store;
+mod survivors;
+#[cfg(test)]
+mod testing;
+mod tour;
+mod tour_file;
 
 pub use error::AgentError;
 pub use join::{Joined, join};

@@ -234,10 +234,9 @@ impl Tour {
             self.cursor.volume = Some(record.volume);
             self.cursor.datafile = record.datafile;
         }
-        if self.bytes_per_s > 0 {
-            let pause_ms = bytes.saturating_mul(1_000) / self.bytes_per_s;
-            self.not_before_ms = self.not_before_ms.max(now_ms) + pause_ms;
-        }
+        // No limit is a pause of nothing.
+        let pause_ms = bytes.saturating_mul(1_000).checked_div(self.bytes_per_s);
+        self.not_before_ms = self.not_before_ms.max(now_ms) + pause_ms.unwrap_or(0);
         if self.page.is_empty() {
             actions.push(Action::Save(self.cursor.clone()));
         }

@@ -178,7 +178,7 @@ proptest! {
                         (Job::Delete { .. }, true, _) => Outcome::Deleted,
                         _ => Outcome::Failed { error: "x".into() },
                     };
-                    let answered = good && !cancelled || job.is_rebuild() && !cancelled;
+                    let answered = !cancelled && (good || job.is_rebuild());
                     let actions = queue.step(Event::Ended { ticket, outcome });
                     prop_assert_eq!(actions.iter().any(|action| matches!(action, Action::Answer(_))), answered);
                     actions
