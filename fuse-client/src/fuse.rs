@@ -17,7 +17,7 @@ mod syncer;
 #[cfg(test)]
 mod tests;
 
-pub use mountpoint::{MountPoint, check_mount_point};
+pub use mountpoint::{MountPoint, check_mount_point, is_mount_point};
 
 use crate::filesystem::{Caller, FileSystem};
 use crate::namespace::Time;

@@ -326,6 +326,12 @@ impl Identity {
         &self.pem.ca
     }
 
+    /// BLAKE3 of the certificate of the cluster's CA: what join tokens pin.
+    pub fn ca_fingerprint(&self) -> Result<[u8; 32], IdentityError> {
+        let ca = certificate_from_pem("CA certificate", &self.pem.ca)?;
+        Ok(*blake3::hash(&ca).as_bytes())
+    }
+
     /// Leaf first, then the CA: a joining process pins the CA by its hash and needs to see it.
     pub(crate) fn chain(&self) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
         Ok(vec![

@@ -12,9 +12,11 @@
 //! - [`choose`]: a placement for a new stripe, or for the shards of one that are gone
 //! - [`moves`]: the fewest shards to move so that a stripe returns to its policy
 //! - [`best_survival`]: the most that a geometry can survive on these backends
+//! - [`strictly_meets`], [`smallest_geometry`]: the policy of a new volume, nothing given up
 
 mod choose;
 mod moves;
+mod solve;
 mod tree;
 
 use crate::id::{BackendId, LocationName, NodeName};
@@ -23,6 +25,7 @@ use std::collections::BTreeMap;
 
 pub use choose::{best_survival, choose};
 pub use moves::{Moves, moves};
+pub use solve::{CHOSEN_SHARDS_MAX, Survive, smallest_geometry, strictly_meets};
 
 /// Where a backend is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

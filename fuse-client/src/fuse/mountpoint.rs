@@ -25,6 +25,11 @@ struct MountLine {
     source: String,
 }
 
+/// Something is mounted exactly at this directory, dead or alive.
+pub fn is_mount_point(path: &Path) -> bool {
+    resolve(path).is_ok_and(|absolute| mounted_at(&absolute).is_some())
+}
+
 /// Accepts an empty directory that nothing is mounted on. A dead mount of ours (its process was killed) is
 /// detached first.
 pub fn check_mount_point(path: &Path) -> Result<MountPoint, MountError> {

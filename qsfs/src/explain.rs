@@ -1,0 +1,87 @@
+//! `qsfs explain NAME`: what a finding means and what to do.
+
+use anyhow::bail;
+
+/// Every finding: name, meaning, what to do. `docs/operations.md` lists the same names (a test compares).
+pub(crate) const FINDINGS: &[(&str, &str, &str)] = &[
+    (
+        "LOCATION_DOWN",
+        "No backend of a location answers. Data stays readable as long as the loss budget says so; new data is stored on the other locations, below policy.",
+        "Bring the location's agents back (`qsfs agent serve --data DIR`). Re-silver returns everything to policy by itself; if the location stays away for lost-after, its shards are rebuilt elsewhere.",
+    ),
+    (
+        "NODE_DOWN",
+        "No backend of one node answers, while others of its location do.",
+        "Start its agent again (`qsfs agent serve --data DIR`) or repair the machine. After lost-after its shards are rebuilt elsewhere.",
+    ),
+    (
+        "BACKEND_DOWN",
+        "A backend does not answer, or its agent reports that its directory or disk fails.",
+        "Look at the agent's log. If the disk is gone for good nothing needs to be done: after lost-after its shards are rebuilt on the other backends.",
+    ),
+    (
+        "BACKEND_LOST",
+        "A backend was down for longer than lost-after. Its shards count as gone and are rebuilt on the others.",
+        "Wait until re-silver is through, then `qsfs backend retire ID --apply`.",
+    ),
+    (
+        "BACKEND_FULL",
+        "A backend has no room for further shards; others are chosen.",
+        "Add a backend (`qsfs agent join`), or delete data.",
+    ),
+    (
+        "POLICY_BELOW",
+        "Some datafiles do not survive what the volume's policy promises.",
+        "Nothing, if re-silver makes progress. `qsfs heal status` says what it waits for: usually for backends in another location.",
+    ),
+    (
+        "UNREADABLE",
+        "Fewer than k shards of some datafiles can be reached: they cannot be read now.",
+        "Bring backends back; nothing can be rebuilt from fewer than k shards.",
+    ),
+    (
+        "AT_RISK_AGE",
+        "Data older than the push interval is only on the machine that mounts the volume: losing it loses this data.",
+        "See why pushing does not go on: the writer's log, the backends' state. `qsfs sync DIR --allow-degraded` pushes now.",
+    ),
+    (
+        "PUSH_BLOCKED",
+        "The writer cannot push; the text says why.",
+        "Do what the text says; usually backends or metad are missing.",
+    ),
+    (
+        "NO_QUORUM",
+        "No majority of the metad nodes answers. Mounts go on reading and writing locally, nothing can be committed.",
+        "Start the missing metad nodes (`qsfs metad serve --data DIR`).",
+    ),
+    (
+        "METAD_DOWN",
+        "A metad node does not answer. With one more missing there may be no quorum.",
+        "Start it again (`qsfs metad serve --data DIR`).",
+    ),
+    (
+        "QUORUM_IN_ONE_LOCATION",
+        "One location holds a majority of the metad nodes: losing it stops commits.",
+        "Join a metad node at another location.",
+    ),
+    (
+        "ROT_FOUND",
+        "Damaged or missing shards were found; they are rebuilt.",
+        "Nothing for a few. If one backend has many, its disk is failing: `qsfs backend drain ID`.",
+    ),
+];
+
+/// Prints one, or all names.
+pub(crate) fn run(name: Option<&str>) -> anyhow::Result<()> {
+    let Some(name) = name else {
+        let names: Vec<&str> = FINDINGS.iter().map(|(name, ..)| *name).collect();
+        return crate::table::print(&(names.join("\n") + "\n"));
+    };
+    let wanted = name.to_ascii_uppercase();
+    match FINDINGS.iter().find(|(known, ..)| *known == wanted) {
+        Some((name, meaning, advice)) => {
+            crate::table::print(&format!("{name}\n\n{meaning}\n\nWhat to do: {advice}\n"))
+        }
+        None => bail!("no finding is called {wanted}; `qsfs explain` lists all names"),
+    }
+}

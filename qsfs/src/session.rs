@@ -1,0 +1,73 @@
+//! The way from a command to metad: the context file, and a client with an identity of its own.
+
+use anyhow::Context as _;
+use qsfs_proto::api::{Mutation, Volume};
+use qsfs_proto::client::MetadClient;
+use qsfs_proto::context::Context;
+use qsfs_zstor::id::{ClientId, VolumeName};
+use std::path::{Path, PathBuf};
+
+/// An opened context.
+pub(crate) struct Session {
+    context: Context,
+    client: MetadClient,
+}
+
+impl Session {
+    /// Finds and opens the context (`--cluster`, `$QSFS_CLUSTER`, home, `/etc`).
+    pub(crate) fn open(cluster: Option<&Path>) -> anyhow::Result<Self> {
+        let context = Context::find(cluster)?;
+        // Requests of one run need an identity to be applied exactly once; nothing outlives the run.
+        let client = context.client(ClientId::random(&mut rand::rng()))?;
+        Ok(Self { context, client })
+    }
+
+    /// The context.
+    pub(crate) fn context(&self) -> &Context {
+        &self.context
+    }
+
+    /// The client.
+    pub(crate) fn client(&self) -> &MetadClient {
+        &self.client
+    }
+
+    /// A mutation whose answer does not matter.
+    pub(crate) async fn apply(&self, mutation: Mutation) -> anyhow::Result<()> {
+        self.client.mutate(mutation).await?;
+        Ok(())
+    }
+
+    /// A volume by name.
+    pub(crate) async fn volume(&self, name: &VolumeName) -> anyhow::Result<Volume> {
+        Ok(self.client.volume(name).await?)
+    }
+
+    /// Where this machine keeps kits and mounts.
+    pub(crate) fn state_dir(&self) -> anyhow::Result<PathBuf> {
+        state_dir(&self.context)
+    }
+}
+
+/// Where this machine keeps kits and mounts of a cluster: as its context says, else below the user's state directory.
+pub(crate) fn state_dir(context: &Context) -> anyhow::Result<PathBuf> {
+    if let Some(dir) = context.state_dir() {
+        return Ok(dir.to_owned());
+    }
+    let base = std::env::var_os("XDG_STATE_HOME")
+        .map(PathBuf::from)
+        .filter(|dir| dir.is_absolute())
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state")))
+        .context("neither HOME nor XDG_STATE_HOME is set: give --state-dir")?;
+    Ok(base.join("qsfs").join(context.cluster().to_string()))
+}
+
+/// Where the kit of a volume is kept on the machine that created it.
+pub(crate) fn kit_path(state_dir: &Path, volume: &VolumeName) -> PathBuf {
+    state_dir.join("kits").join(format!("{volume}.kit"))
+}
+
+/// Where a mount of a volume keeps its local store by default.
+pub(crate) fn mount_state_dir(state_dir: &Path, volume: &VolumeName) -> PathBuf {
+    state_dir.join("mounts").join(volume.as_str())
+}
