@@ -51,10 +51,12 @@ impl Agent {
     async fn start(home: &Path, fake: &Fake, name: &str, backends: usize) -> Self {
         let token = fake.token(Role::Agent).to_string();
         let joined = join(options(home, token, name, backends)).await.unwrap();
-        Self::serve(home, name, joined)
+        Self::serve(home, fake, name, joined).await
     }
 
-    fn serve(home: &Path, name: &str, joined: Joined) -> Self {
+    /// Serves, and waits for its session: then it listens.
+    async fn serve(home: &Path, fake: &Fake, name: &str, joined: Joined) -> Self {
+        fake.sessions.lock().remove(&joined.agent);
         let stop = CancellationToken::new();
         let task = tokio::spawn(serve(
             ServeOptions {
@@ -62,6 +64,13 @@ impl Agent {
             },
             stop.clone(),
         ));
+        let session = || {
+            fake.sessions
+                .lock()
+                .contains_key(&joined.agent)
+                .then_some(())
+        };
+        eventually("a session", session).await;
         Self { joined, stop, task }
     }
 
@@ -181,15 +190,7 @@ async fn a_shard_is_rebuilt_from_another_node_over_tls_after_its_agent_died() {
     assert_eq!(shard(&client(fake, BackendId(6)), &record, 0).await, lost);
     // What an agent stored is there after its restart, at the same address.
     let joined = third.stop().await;
-    let third = Agent::serve(home.path(), "n3", joined);
-    eventually("a session", || {
-        fake.sessions
-            .lock()
-            .get(&target)
-            .filter(|sender| !sender.is_closed())
-            .map(drop)
-    })
-    .await;
+    let third = Agent::serve(home.path(), fake, "n3", joined).await;
     assert_eq!(shard(&client(fake, BackendId(6)), &record, 0).await, lost);
     third.stop().await;
     second.stop().await;
