@@ -17,6 +17,7 @@
 //!   nobody knows what the disk holds.
 //! - A frame is returned only if its checksums verify.
 
+mod buffers;
 mod frame;
 mod reader;
 mod scan;

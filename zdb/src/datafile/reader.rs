@@ -158,10 +158,10 @@ impl DatafileReader {
     /// Read the frame at an offset whose payload size is known: one read for header and payload.
     pub fn read_sized(&self, offset: u64, payload_bytes: u32) -> Result<Frame, DatafileError> {
         let whole = FRAME_HEADER + payload_bytes as usize;
-        let mut buffer = vec![0; whole];
-        self.read_exact(offset, &mut buffer)?;
+        let mut buffer = super::buffers::take(whole);
+        self.read_exact(offset, buffer.bytes_mut())?;
         let damaged = || self.shared.damaged(offset, whole as u64);
-        let (raw, payload) = buffer.split_at(FRAME_HEADER);
+        let (raw, payload) = buffer.as_ref().split_at(FRAME_HEADER);
         let header =
             FrameHeader::decode(raw, self.shared.header.salt, offset).ok_or_else(damaged)?;
         if !header.verify_payload(payload) {
@@ -170,7 +170,7 @@ impl DatafileReader {
         Ok(Frame {
             offset,
             kind: header.kind,
-            payload: Bytes::from(buffer).slice(FRAME_HEADER..),
+            payload: buffer.freeze().slice(FRAME_HEADER..),
         })
     }
 
