@@ -90,6 +90,80 @@ fn run(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Runs a script on the mount, where the machine has Python.
+fn python(script: &str, mounted: &Mounted) {
+    if Command::new("python3").arg("-V").output().is_err() {
+        eprintln!("skipped: python3 is missing on this machine");
+        return;
+    }
+    run(Command::new("python3")
+        .args(["-c", script])
+        .arg(&mounted.path));
+}
+
+#[test]
+fn a_file_stays_what_random_writers_made_it() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    // After fsx: every way to change a file, against a copy in memory, with the kernel's pages dropped now and then.
+    python(
+        r"
+import ctypes, mmap, os, random, sys
+random.seed(4711)
+libc = ctypes.CDLL(None, use_errno=True)
+libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+path = os.path.join(sys.argv[1], 'fsx')
+fd = os.open(path, os.O_CREAT | os.O_RDWR)
+model = bytearray()
+MAX = 300_000
+def grow(end):
+    if len(model) < end: model.extend(bytes(end - len(model)))
+for step in range(3000):
+    op = random.choice('wwwwrrrtmmpzdo')
+    at, n = random.randrange(MAX), random.randrange(1, 20_000)
+    n = min(n, MAX - at)
+    if n == 0: continue
+    if op == 'w':
+        data = os.urandom(1) * n
+        assert os.pwrite(fd, data, at) == n
+        grow(at + n); model[at:at+n] = data
+    elif op == 'r':
+        assert os.pread(fd, n, at) == bytes(model[at:at+n]), step
+    elif op == 't':
+        os.ftruncate(fd, at)
+        if at < len(model): del model[at:]
+        else: grow(at)
+    elif op == 'm' and len(model) > at + 1:
+        n = min(n, len(model) - at)
+        with mmap.mmap(fd, len(model)) as m:
+            data = os.urandom(1) * n
+            m[at:at+n] = data
+            model[at:at+n] = data
+            if random.random() < 0.5: m.flush()
+    elif op in 'pz':
+        assert libc.fallocate(fd, 3 if op == 'p' else 0x10, at, n) == 0
+        if op == 'z': grow(at + n)
+        end = min(at + n, len(model))
+        if at < end: model[at:end] = bytes(end - at)
+    elif op == 'd':
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    elif op == 'o':
+        os.close(fd); fd = os.open(path, os.O_RDWR)
+    assert os.fstat(fd).st_size == len(model), step
+os.fsync(fd); os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+assert os.pread(fd, MAX, 0) == bytes(model)
+",
+        &mounted,
+    );
+    // What the kernel did not keep is what the filesystem has.
+    let path = mounted.path.join("fsx");
+    let before = fs::read(&path).unwrap();
+    mounted.handle().drop_kernel_pages().unwrap();
+    assert!(fs::read(&path).unwrap() == before);
+}
+
 #[test]
 fn a_tree_is_copied_with_links_modes_times_and_holes() {
     let Some(mounted) = Mounted::new() else {

@@ -62,7 +62,7 @@ pub enum ApplyError {
     /// ENODATA.
     #[error("no such extended attribute")]
     NoXattr,
-    /// More than [`XATTRS_MAX`]. ENOSPC.
+    /// More than 255. ENOSPC.
     #[error("too many extended attributes on one file")]
     TooManyXattrs,
     /// The rows contradict each other or the record. EIO.

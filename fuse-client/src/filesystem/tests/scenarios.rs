@@ -214,3 +214,45 @@ fn limits_and_odd_arguments_are_refused() {
         }
     );
 }
+
+#[test]
+fn what_many_threads_did_at_once_replays_to_the_same_rows() {
+    let (fs, store, dir) = fresh(100_000);
+    std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let fs = &fs;
+            scope.spawn(move || {
+                for round in 0..200u64 {
+                    // Names and one file are shared, so that threads get in each other's way; what is refused is fine.
+                    let name = [b'a' + u8::try_from((thread + round) % 5).unwrap()];
+                    let caller = at(100);
+                    if let Ok(made) = fs.create(Ino::ROOT, &name, 0o644, caller) {
+                        fs.write(made.ino, round, &[1; 50], false, caller).unwrap();
+                        fs.release(made.ino, caller.now).unwrap();
+                    }
+                    let shared = fs.lookup(Ino::ROOT, b"a").unwrap();
+                    if let Some(shared) = shared
+                        && fs.open(shared.ino).is_ok()
+                    {
+                        fs.write(shared.ino, thread * 30, &[2; 60], false, caller)
+                            .unwrap();
+                        fs.read(shared.ino, 0, &mut [0; 200]).unwrap();
+                        fs.release(shared.ino, caller.now).unwrap();
+                    }
+                    let other = [b'a' + u8::try_from(round % 5).unwrap()];
+                    let _ = fs.rename(
+                        (Ino::ROOT, &name),
+                        (Ino::ROOT, &other),
+                        crate::namespace::RenameMode::Replace,
+                        caller,
+                    );
+                    let _ = fs.unlink(Ino::ROOT, &other, caller);
+                }
+            });
+        }
+    });
+    let other = super::replayed(&dir.path().join("other"), &store.journal());
+    assert_eq!(super::rows(&other), super::rows(fs.namespace()));
+    super::check_live_bytes(&other);
+    assert_eq!(other.orphans().unwrap(), [], "all are closed");
+}
