@@ -109,6 +109,10 @@ pub fn plan<K: Kv>(
 ) -> Result<Plan, KvError> {
     let mut plan = Plan::default();
     verdict::plan(index, facts, now_ms, &mut plan);
+    if !plan.decisions.is_empty() {
+        // Everything else depends on these; the next plan follows as soon as they are applied.
+        return Ok(plan);
+    }
     rebuild::plan(state, index, facts, now_ms, limits, &mut plan)?;
     deletions::plan(state, index, facts, now_ms, limits, &mut plan)?;
     for volume in state.doomed_volumes()? {

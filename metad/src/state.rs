@@ -24,7 +24,7 @@ pub mod tombstones;
 pub mod volumes;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use command::{Command, Entry, Reply};
 use kv::{Batch, Kv, KvError};

@@ -9,7 +9,7 @@ use crate::state::State;
 use crate::state::kv::{Kv, KvError};
 use qsfs_proto::api::{Intent, RebuildJob, Verdict};
 use qsfs_zstor::id::BackendId;
-use qsfs_zstor::placement::{self, Candidate, Moves, Unplaceable};
+use qsfs_zstor::placement::{self, Candidate, Moves, Survival, Unplaceable};
 use qsfs_zstor::policy::Policy;
 use qsfs_zstor::record::EncodingRecord;
 use std::collections::{BTreeMap, BTreeSet};
@@ -119,9 +119,8 @@ fn look<K: Kv>(
         &stays,
         &site.candidates(&stays),
     );
-    let target = pick(&health, &stays, &moves, || {
-        better_move(index, &volume.policy, record, &moves)
-    });
+    let harmless = Harmless::of(index, &volume.policy, record);
+    let target = pick(&health, &stays, &moves, &harmless);
     Ok(match target {
         Ok((_, to)) if !has_room(load, to, limits) => Look::Busy,
         Ok((shard, to)) => Look::Job(shard, to),
@@ -134,7 +133,7 @@ fn pick(
     health: &[ShardHealth],
     stays: &[Option<BackendId>],
     moves: &Result<Moves, Unplaceable>,
-    better: impl FnOnce() -> Option<(u32, BackendId)>,
+    harmless: &Harmless<'_>,
 ) -> Result<(u32, BackendId), String> {
     let target = |shard: u32| match stays[shard as usize] {
         // Only rotten: its own backend is the place the policy chose.
@@ -151,18 +150,88 @@ fn pick(
         .collect();
     open.sort_by_key(|shard| health[*shard as usize].readable());
     for shard in &open {
-        if let Some(to) = target(*shard) {
+        if let Some(to) = target(*shard)
+            && (!health[*shard as usize].readable() || harmless.after(*shard, to).is_some())
+        {
             return Ok((*shard, to));
         }
     }
     match moves {
         Err(unplaceable) => Err(unplaceable.missing.clone()),
-        Ok(moves) => match better() {
+        Ok(moves) => match harmless.best(moves) {
             Some(job) if open.is_empty() => Ok(job),
-            _ if moves.missing.is_empty() => Err("a backend that takes its shards".into()),
+            _ if moves.missing.is_empty() => {
+                Err("a backend to which a shard can move without harm".into())
+            }
             _ => Err(moves.missing.clone()),
         },
     }
+}
+
+/// What a record survives, as far as its policy asks: with all its shards where they are, and with those that are readable.
+type Standing = [(u32, u32, u32); 2];
+
+/// Which moves do not make a record survive less, not even on the way.
+struct Harmless<'a> {
+    index: &'a Index,
+    policy: &'a Policy,
+    record: &'a EncodingRecord,
+    now: Standing,
+}
+
+impl<'a> Harmless<'a> {
+    fn of(index: &'a Index, policy: &'a Policy, record: &'a EncodingRecord) -> Self {
+        Self {
+            index,
+            policy,
+            record,
+            now: standing(index, policy, record),
+        }
+    }
+
+    /// How it stands after the move, if that is no harm.
+    fn after(&self, shard: u32, to: BackendId) -> Option<Standing> {
+        let mut moved = self.record.clone();
+        moved.shards[shard as usize].backend = to;
+        let then = standing(self.index, self.policy, &moved);
+        let no_less = then
+            .iter()
+            .zip(&self.now)
+            .all(|(then, now)| then.0 >= now.0 && then.1 >= now.1);
+        (no_less && placing::survives_one_backend(&moved)).then_some(then)
+    }
+
+    /// The move after which it stands best; the first of equals, so that equal plans are equal.
+    fn best(&self, moves: &Moves) -> Option<(u32, BackendId)> {
+        let harmless = moves
+            .moves
+            .iter()
+            .filter_map(|(shard, to)| Some((self.after(*shard, *to)?, (*shard, *to))));
+        harmless
+            .max_by(|a, b| a.0.cmp(&b.0).then(b.1.0.cmp(&a.1.0)))
+            .map(|(_, job)| job)
+    }
+}
+
+fn standing(index: &Index, policy: &Policy, record: &EncodingRecord) -> Standing {
+    let sites = index.sites();
+    let readable = |shard: usize| {
+        let shard = &record.shards[shard];
+        shard_health(shard, sites.backend(shard.backend)).readable()
+    };
+    let asked = |survival: Option<Survival>| {
+        survival.map_or((0, 0, 0), |survival| {
+            (
+                survival.locations.min(policy.survive_locations),
+                survival.nodes.min(policy.survive_nodes),
+                survival.backends,
+            )
+        })
+    };
+    [
+        asked(placing::survival(record, sites, |_| true)),
+        asked(placing::survival(record, sites, readable)),
+    ]
 }
 
 /// Where shards of one record may go.
@@ -223,37 +292,6 @@ fn being_deleted<K: Kv>(
     let places = state.tombstone_of(record)?.map(|t| t.places);
     let ordered = places.into_iter().flatten().filter(|(_, due)| due.ordered);
     Ok(ordered.map(|(place, _)| place).collect())
-}
-
-/// Of the moves that lead to the policy, the one after which the record survives most; none if all make it survive less on the
-/// way.
-fn better_move(
-    index: &Index,
-    policy: &Policy,
-    record: &EncodingRecord,
-    moves: &Result<Moves, Unplaceable>,
-) -> Option<(u32, BackendId)> {
-    let standing = |record: &EncodingRecord| {
-        let survival = placing::survival(record, index.sites(), |_| true)?;
-        Some((
-            survival.locations.min(policy.survive_locations),
-            survival.nodes.min(policy.survive_nodes),
-            survival.backends,
-        ))
-    };
-    let now = standing(record)?;
-    let moves = moves.as_ref().ok()?;
-    let better = moves.moves.iter().filter_map(|(shard, to)| {
-        let mut moved = record.clone();
-        moved.shards[*shard as usize].backend = *to;
-        let then = standing(&moved)?;
-        let survives = then.0 >= now.0 && then.1 >= now.1 && placing::survives_one_backend(&moved);
-        survives.then_some((then, (*shard, *to)))
-    });
-    // The first of the best, so that equal plans are equal.
-    better
-        .max_by(|a, b| a.0.cmp(&b.0).then(b.1.0.cmp(&a.1.0)))
-        .map(|(_, job)| job)
 }
 
 /// What re-silver waits for, in words.
