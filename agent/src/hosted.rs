@@ -169,11 +169,16 @@ fn store_error(error: &EngineError) -> StoreError {
 #[async_trait]
 impl PieceStore for HostedStore {
     async fn get(&self, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-        let got = self
-            .namespace
-            .get(key)
-            .await
-            .map_err(|error| store_error(&error))?;
+        let got = match self.namespace.get(key).await {
+            Ok(got) => got,
+            // A sector that cannot be read is as bad as a flipped bit, as long as the rest of the backend is well.
+            Err(error @ (EngineError::Io { .. } | EngineError::Datafile(_)))
+                if self.namespace.is_alive().is_ok() =>
+            {
+                return Err(StoreError::Corrupt(format!("cannot be read: {error}")));
+            }
+            Err(error) => return Err(store_error(&error)),
+        };
         if got.is_none() {
             // A directory that was removed while it is open holds nothing; that is no finding about a piece.
             self.namespace
