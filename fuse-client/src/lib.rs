@@ -19,4 +19,6 @@ pub mod run;
 pub mod session;
 pub mod state;
 pub mod store;
+#[cfg(test)]
+pub(crate) mod testing;
 pub mod volume_store;

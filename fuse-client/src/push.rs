@@ -14,8 +14,6 @@ pub mod checkpoint;
 pub mod encode;
 pub mod lifecycle;
 pub mod spool;
-#[cfg(test)]
-mod tests;
 pub mod transfer;
 
 use crate::store::{LocalStore, StoreEvent};

@@ -111,6 +111,9 @@ async fn answer(stream: UnixStream, handler: Arc<dyn Handler>) -> std::io::Resul
             outcome = &mut handling => break outcome,
         }
     };
+    while let Ok(step) = progress.try_recv() {
+        write_line(&mut write, &Line::Progress(step)).await?;
+    }
     let line = match last {
         Ok(answer) => Line::Done { answer },
         Err(Refusal {

@@ -1,1 +1,0 @@
-//! Transfers against backends in memory.
