@@ -106,7 +106,7 @@ struct Trouble {
 /// See the module.
 pub struct Backends {
     cluster: Arc<dyn Cluster>,
-    connector: Box<dyn Connector>,
+    connector: Arc<dyn Connector>,
     known: RwLock<BTreeMap<BackendId, Known>>,
     facts: RwLock<BTreeMap<BackendId, BackendFacts>>,
     trouble: Mutex<BTreeMap<BackendId, Trouble>>,
@@ -122,7 +122,7 @@ impl std::fmt::Debug for Backends {
 
 impl Backends {
     /// Nothing known yet.
-    pub fn new(cluster: Arc<dyn Cluster>, connector: Box<dyn Connector>) -> Self {
+    pub fn new(cluster: Arc<dyn Cluster>, connector: Arc<dyn Connector>) -> Self {
         Self {
             cluster,
             connector,

@@ -349,25 +349,19 @@ impl Fetcher {
     /// Reads and keeps the header of the object a record names.
     pub async fn load_object_of(self: &Arc<Self>, record: EncodingRecord) -> ObjectResult {
         let id = record.datafile;
-        let mut bare = Object::bare(record)?;
+        let bare = Object::bare(record)?;
         let header_bytes = bare.stripe().object_header_bytes() as u64;
-        let header = loop {
-            let (object, bytes) = self
-                .read_object(Arc::new(bare.clone()), 0..header_bytes)
-                .await?;
-            bare = (*object).clone();
-            match bare.open_header(&self.key, &bytes) {
-                Ok(opened) => break opened,
-                Err(first) => {
-                    let around = self.read_around(&object, 0..header_bytes).await;
-                    match around.map(|bytes| bare.open_header(&self.key, &bytes)) {
-                        Ok(Ok(opened)) => break opened,
-                        _ => return Err(first.into()),
-                    }
-                }
+        let (bare, bytes) = self.read_object(Arc::new(bare), 0..header_bytes).await?;
+        let opened = match bare.open_header(&self.key, &bytes) {
+            Ok(opened) => opened,
+            Err(first) => {
+                // Another key, or someone without a key made a piece: others may be right.
+                let around = self.read_around(&bare, 0..header_bytes).await;
+                let second = around.map(|bytes| bare.open_header(&self.key, &bytes));
+                second.ok().and_then(Result::ok).ok_or(first)?
             }
         };
-        let object = Arc::new(header);
+        let object = Arc::new(opened);
         self.keep(id, &object);
         Ok(object)
     }

@@ -198,7 +198,7 @@ async fn prepare(options: &MountOptions, dir: &StateDir) -> Result<SessionParts,
         .map_err(|error| MountError::Identity(error.to_string()))?;
     Ok(SessionParts {
         cluster,
-        connector: Box::new(ZdbConnector { tls }),
+        connector: Arc::new(ZdbConnector { tls }),
         volume,
         key: kit.key,
         dir: dir.clone(),

@@ -19,13 +19,14 @@ use crate::error::MountError;
 use crate::fetch::Fetcher;
 use crate::filesystem::{Caller, FileSystem, FileSystemOptions};
 use crate::lease::{self, Lease};
+use crate::namespace::Namespace;
 use crate::ports::Store;
 use crate::push::transfer::TransferContext;
 use crate::push::{self, Pusher, SettleError, below_policy, meets_policy, seal_now};
 use crate::recover::{RecoverFrom, Recovered, RecoveryReport, recover};
 use crate::state::ClientFile;
 use crate::store::layout::StateDir;
-use crate::store::{LocalStore, StoreSettings};
+use crate::store::{LocalStore, StoreEvent, StoreSettings};
 use crate::volume_store::VolumeStore;
 use observer::Observer;
 use parking_lot::Mutex;
@@ -39,6 +40,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -52,7 +54,7 @@ pub struct SessionParts {
     /// metad.
     pub cluster: Arc<dyn Cluster>,
     /// Connections to backends.
-    pub connector: Box<dyn Connector>,
+    pub connector: Arc<dyn Connector>,
     /// The volume as first looked up.
     pub volume: Volume,
     /// Its key.
@@ -141,78 +143,61 @@ pub fn store_settings(settings: &VolumeSettings) -> StoreSettings {
 
 impl Session {
     /// Acquires the lease, recovers, and starts everything but the kernel half. Must be called within a multi-thread runtime.
-    pub async fn begin(parts: SessionParts) -> Result<Self, MountError> {
-        let SessionParts {
-            cluster,
-            connector,
-            volume,
-            key,
-            dir,
-            media,
-            client,
-            mut client_file,
-            ..
-        } = parts;
+    pub async fn begin(mut parts: SessionParts) -> Result<Self, MountError> {
         let tasks = CancellationToken::new();
+        let cluster = Arc::clone(&parts.cluster);
         let lease = if parts.read_only {
             None
         } else {
-            Some(lease::acquire(cluster.as_ref(), volume.id, client, parts.takeover).await?)
+            let (volume, client) = (parts.volume.id, parts.client);
+            Some(lease::acquire(cluster.as_ref(), volume, client, parts.takeover).await?)
         };
-        let epoch = lease.map_or(volume.epoch, |lease| lease.epoch);
-        let observer = Observer::new(volume.id);
+        let observer = Observer::new(parts.volume.id);
         if let Some(lease) = lease {
             start_renewal(&cluster, lease, &observer, &tasks);
         }
         // The guard gives up the lease if anything below fails.
         let mut undo = Undo {
-            cluster: Arc::clone(&cluster),
+            cluster,
             lease,
             tasks: tasks.clone(),
             armed: true,
         };
-        let volume = cluster
-            .volume_by_id(volume.id)
-            .await
-            .map_err(MountError::metad("look up the volume"))?;
-        let records = all_records(cluster.as_ref(), volume.id, None).await;
-        let records = Arc::new(records.map_err(MountError::metad("list the volume's records"))?);
-        let backends = Arc::new(Backends::new(Arc::clone(&cluster), connector));
-        backends
-            .refresh(Duration::ZERO)
-            .await
-            .map_err(MountError::metad("list the backends"))?;
-        let fetcher = Fetcher::new(
-            Arc::clone(&cluster),
-            Arc::clone(&backends),
-            volume.id,
-            key.clone(),
-        );
-        let from = RecoverFrom {
-            dir: dir.clone(),
-            media,
-            volume: volume.clone(),
-            records: Arc::clone(&records),
-            last_epoch: client_file.epoch(),
-            settings: store_settings(&volume.settings),
-            fetcher: Arc::clone(&fetcher),
-        };
+        let gathered = Gathered::gather(&mut parts, lease).await?;
+        let session = Self::assemble(parts, gathered, lease, observer, tasks).await?;
+        undo.armed = false;
+        session.start_refresh();
+        Ok(session)
+    }
+
+    async fn assemble(
+        parts: SessionParts,
+        gathered: Gathered,
+        lease: Option<Lease>,
+        observer: Arc<Observer>,
+        tasks: CancellationToken,
+    ) -> Result<Self, MountError> {
+        let Gathered {
+            volume,
+            records,
+            backends,
+            fetcher,
+            recovered,
+        } = gathered;
         let Recovered {
             opened,
             namespace,
             report,
-        } = recover(from).await?;
-        client_file.set_epoch(epoch);
-        client_file.save(&dir)?;
+        } = recovered;
         let local = opened.store;
         let context = TransferContext {
             store: Arc::clone(&local),
-            cluster: Arc::clone(&cluster),
+            cluster: parts.cluster,
             backends: Arc::clone(&backends),
             volume: volume.id,
             policy: volume.policy,
-            key,
-            epoch,
+            key: parts.key,
+            epoch: lease.map_or(volume.epoch, |lease| lease.epoch),
             stored_bytes: Arc::new(AtomicU64::new(0)),
         };
         let cache = Arc::new(Cache::new(Arc::clone(&local), parts.cache_limit_bytes));
@@ -224,50 +209,20 @@ impl Session {
             volume.settings.quota_bytes,
             tokio::runtime::Handle::current(),
         ));
-        let options = FileSystemOptions {
-            read_only: parts.read_only,
-            control_socket: Some(dir.control_socket()),
-        };
         if parts.read_only {
             local.set_read_only();
         }
         observer.attach(&local, &namespace, &cache, &records);
-        let filesystem = {
-            let (namespace, store) = (Arc::clone(&namespace), Arc::clone(&store) as Arc<dyn Store>);
-            let make = move || FileSystem::new(namespace, store, options, parts.founder);
-            let made = tokio::task::spawn_blocking(make)
-                .await
-                .map_err(|error| MountError::Task(error.to_string()))?;
-            Arc::new(made?)
+        let options = FileSystemOptions {
+            read_only: parts.read_only,
+            control_socket: Some(parts.dir.control_socket()),
         };
+        let (names, bytes) = (Arc::clone(&namespace), Arc::clone(&store) as Arc<dyn Store>);
+        let make = move || FileSystem::new(names, bytes, options, parts.founder);
+        let made = tokio::task::spawn_blocking(make).await;
+        let filesystem = Arc::new(made.map_err(|error| MountError::Task(error.to_string()))??);
         observer.attach_filesystem(&filesystem);
-        let pushing = CancellationToken::new();
-        let (pusher, push_task) = if parts.read_only {
-            let follower = follower::Follower {
-                context: context.clone(),
-                fetcher: Arc::clone(&fetcher),
-                namespace,
-                volume: volume.clone(),
-            };
-            tokio::spawn(follower.run(tasks.clone()));
-            (None, None)
-        } else {
-            let below = below_now(&context, &records);
-            let seen: Arc<dyn push::PushObserver> =
-                Arc::clone(&observer) as Arc<dyn push::PushObserver>;
-            let (pusher, task) = Pusher::start(
-                context.clone(),
-                volume.head,
-                below,
-                opened.events,
-                seen,
-                pushing.clone(),
-            );
-            observer.attach_pusher(&pusher);
-            (Some(pusher), Some(task))
-        };
-        undo.armed = false;
-        let session = Self {
+        let mut session = Self {
             filesystem,
             recovery: report,
             context,
@@ -275,15 +230,49 @@ impl Session {
             fetcher,
             cache,
             observer,
-            pusher,
-            push_task: Mutex::new(push_task),
+            pusher: None,
+            push_task: Mutex::new(None),
             lease,
             volume,
             tasks,
-            pushing,
+            pushing: CancellationToken::new(),
         };
-        session.start_refresh();
+        if parts.read_only {
+            session.start_following(namespace);
+        } else {
+            session.start_pushing(opened.events, &records);
+        }
         Ok(session)
+    }
+
+    fn start_following(&self, namespace: Arc<Namespace>) {
+        let follower = follower::Follower {
+            context: self.context.clone(),
+            fetcher: Arc::clone(&self.fetcher),
+            namespace,
+            volume: self.volume.clone(),
+        };
+        tokio::spawn(follower.run(self.tasks.clone()));
+    }
+
+    fn start_pushing(
+        &mut self,
+        events: mpsc::UnboundedReceiver<StoreEvent>,
+        records: &[EncodingRecord],
+    ) {
+        let below = below_now(&self.context, records);
+        let seen = Arc::clone(&self.observer) as Arc<dyn push::PushObserver>;
+        let (pusher, task) = Pusher::start(
+            self.context.clone(),
+            self.volume.head,
+            below,
+            events,
+            seen,
+            self.pushing.clone(),
+        );
+        self.observer.attach_pusher(&pusher);
+        self.pusher = Some(pusher);
+        *self.push_task.lock() = Some(task);
     }
 
     /// Keeps settings and backends fresh.
@@ -493,6 +482,52 @@ impl Drop for Session {
         self.tasks.cancel();
         self.pushing.cancel();
         self.store.local().stop();
+    }
+}
+
+/// What is read before anything is started.
+struct Gathered {
+    volume: Volume,
+    records: Arc<Vec<EncodingRecord>>,
+    backends: Arc<Backends>,
+    fetcher: Arc<Fetcher>,
+    recovered: Recovered,
+}
+
+impl Gathered {
+    async fn gather(parts: &mut SessionParts, lease: Option<Lease>) -> Result<Self, MountError> {
+        let cluster = Arc::clone(&parts.cluster);
+        let id = parts.volume.id;
+        let volume = cluster.volume_by_id(id).await;
+        let volume = volume.map_err(MountError::metad("look up the volume"))?;
+        let records = all_records(cluster.as_ref(), id, None).await;
+        let records = Arc::new(records.map_err(MountError::metad("list the volume's records"))?);
+        let connector = Arc::clone(&parts.connector);
+        let backends = Arc::new(Backends::new(Arc::clone(&cluster), connector));
+        let listed = backends.refresh(Duration::ZERO).await;
+        listed.map_err(MountError::metad("list the backends"))?;
+        let fetcher = Fetcher::new(cluster, Arc::clone(&backends), id, parts.key.clone());
+        let recovered = recover(RecoverFrom {
+            dir: parts.dir.clone(),
+            media: Arc::clone(&parts.media),
+            volume: volume.clone(),
+            records: Arc::clone(&records),
+            last_epoch: parts.client_file.epoch(),
+            settings: store_settings(&volume.settings),
+            fetcher: Arc::clone(&fetcher),
+        })
+        .await?;
+        // Only now: an epoch noted earlier would make half a recovery look whole.
+        let epoch = lease.map_or(volume.epoch, |lease| lease.epoch);
+        parts.client_file.set_epoch(epoch);
+        parts.client_file.save(&parts.dir)?;
+        Ok(Self {
+            volume,
+            records,
+            backends,
+            fetcher,
+            recovered,
+        })
     }
 }
 

@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use parking_lot::Mutex;
 use qsfs_proto::api::{
-    Applied, Backend, BackendAddress, BackendFacts, ClusterSettings, Head, Intent, Lease, MetadError, Mutation,
-    PlacementAnswer, ShardReport, Verdict, Volume, VolumeSettings,
+    Applied, Backend, BackendAddress, BackendFacts, ClusterSettings, Head, Intent, Lease,
+    MetadError, Mutation, PlacementAnswer, ShardReport, Verdict, Volume, VolumeSettings,
 };
 use qsfs_zdb::client::ClientError;
 use qsfs_zstor::id::{AgentId, BackendId, DatafileId, Epoch, KeyId, Stream, VolumeId, VolumeName};
@@ -60,7 +60,11 @@ impl FakeCluster {
     /// Two locations, two nodes each, `per_node` backends per node.
     pub(crate) fn new(geometry: &str, survive_locations: u32, per_node: u64) -> Self {
         let geometry: Geometry = geometry.parse().unwrap();
-        let policy = Policy { geometry, survive_locations, survive_nodes: survive_locations };
+        let policy = Policy {
+            geometry,
+            survive_locations,
+            survive_nodes: survive_locations,
+        };
         let mut backends = Vec::new();
         for node in 0..4_u64 {
             for slot in 0..per_node {
@@ -91,10 +95,18 @@ impl FakeCluster {
             epoch: Epoch(0),
             lease: None,
             head: Head::default(),
-            settings: VolumeSettings { push_interval_ms: 3_600_000, datafile_bytes: 3 << 20, quota_bytes: 0 },
+            settings: VolumeSettings {
+                push_interval_ms: 3_600_000,
+                datafile_bytes: 3 << 20,
+                quota_bytes: 0,
+            },
             created_ms: 0,
         };
-        Self(Arc::new(Mutex::new(World { volume: Some(volume), backends, ..World::default() })))
+        Self(Arc::new(Mutex::new(World {
+            volume: Some(volume),
+            backends,
+            ..World::default()
+        })))
     }
 
     pub(crate) fn key() -> VolumeKey {
@@ -126,7 +138,10 @@ impl FakeCluster {
 
     /// Deletes the pieces of these shards of all stripes.
     pub(crate) fn lose_shards(&self, shards: &[u32]) {
-        self.0.lock().pieces.retain(|(_, key), _| !shards.contains(&PieceKey::from_bytes(key).unwrap().shard));
+        self.0
+            .lock()
+            .pieces
+            .retain(|(_, key), _| !shards.contains(&PieceKey::from_bytes(key).unwrap().shard));
     }
 
     /// Flips a bit in every piece of a shard.
@@ -157,27 +172,54 @@ impl FakeCluster {
 
     fn check_epoch(world: &World, epoch: Epoch) -> Result<(), MetadError> {
         let current = world.volume.as_ref().unwrap().epoch;
-        if epoch == current { Ok(()) } else { Err(MetadError::Fenced { current }) }
+        if epoch == current {
+            Ok(())
+        } else {
+            Err(MetadError::Fenced { current })
+        }
     }
 
     fn apply(world: &mut World, mutation: Mutation) -> Result<Applied, MetadError> {
         match mutation {
-            Mutation::AcquireLease { client, holder, takeover, .. } => {
+            Mutation::AcquireLease {
+                client,
+                holder,
+                takeover,
+                ..
+            } => {
                 let volume = world.volume.as_mut().unwrap();
-                if let Some(lease) = volume.lease.as_ref().filter(|lease| lease.client != client && !takeover) {
-                    return Err(MetadError::Held { holder: lease.holder.clone(), epoch: volume.epoch });
+                if let Some(lease) = volume
+                    .lease
+                    .as_ref()
+                    .filter(|lease| lease.client != client && !takeover)
+                {
+                    return Err(MetadError::Held {
+                        holder: lease.holder.clone(),
+                        epoch: volume.epoch,
+                    });
                 }
                 volume.epoch = volume.epoch.next();
-                volume.lease = Some(Lease { client, holder, expires_ms: u64::MAX });
+                volume.lease = Some(Lease {
+                    client,
+                    holder,
+                    expires_ms: u64::MAX,
+                });
                 Ok(Applied::Epoch(volume.epoch))
             }
-            Mutation::RenewLease { epoch, .. } => Self::check_epoch(world, epoch).map(|()| Applied::Done),
+            Mutation::RenewLease { epoch, .. } => {
+                Self::check_epoch(world, epoch).map(|()| Applied::Done)
+            }
             Mutation::ReleaseLease { epoch, .. } => {
                 Self::check_epoch(world, epoch)?;
                 world.volume.as_mut().unwrap().lease = None;
                 Ok(Applied::Done)
             }
-            Mutation::CommitDatafiles { epoch, records, head, .. } => {
+            Mutation::CommitDatafiles {
+                epoch,
+                records,
+                head,
+                ..
+            } => {
                 Self::check_epoch(world, epoch)?;
                 if let Some(head) = head {
                     let old = world.volume.as_ref().unwrap().head;
@@ -188,12 +230,17 @@ impl FakeCluster {
                 }
                 world.commits += 1;
                 for record in records {
-                    assert!(!world.records.contains_key(&record.datafile), "committed twice");
+                    assert!(
+                        !world.records.contains_key(&record.datafile),
+                        "committed twice"
+                    );
                     world.records.insert(record.datafile, record);
                 }
                 Ok(Applied::Done)
             }
-            Mutation::ReleaseDatafiles { epoch, datafiles, .. } => {
+            Mutation::ReleaseDatafiles {
+                epoch, datafiles, ..
+            } => {
                 Self::check_epoch(world, epoch)?;
                 for id in datafiles {
                     world.records.remove(&id);
@@ -211,7 +258,11 @@ impl FakeCluster {
 
     fn reachable(&self) -> Result<parking_lot::MutexGuard<'_, World>, MetadError> {
         let world = self.0.lock();
-        if world.unreachable { Err(MetadError::Unreachable("on purpose".to_owned())) } else { Ok(world) }
+        if world.unreachable {
+            Err(MetadError::Unreachable("on purpose".to_owned()))
+        } else {
+            Ok(world)
+        }
     }
 }
 
@@ -225,9 +276,16 @@ impl Cluster for FakeCluster {
         Ok(self.reachable()?.volume.clone().unwrap())
     }
 
-    async fn records(&self, _: VolumeId, datafiles: &[DatafileId]) -> Result<Vec<EncodingRecord>, MetadError> {
+    async fn records(
+        &self,
+        _: VolumeId,
+        datafiles: &[DatafileId],
+    ) -> Result<Vec<EncodingRecord>, MetadError> {
         let world = self.reachable()?;
-        Ok(datafiles.iter().filter_map(|id| world.records.get(id).cloned()).collect())
+        Ok(datafiles
+            .iter()
+            .filter_map(|id| world.records.get(id).cloned())
+            .collect())
     }
 
     async fn list_records(
@@ -239,7 +297,14 @@ impl Cluster for FakeCluster {
     ) -> Result<Vec<EncodingRecord>, MetadError> {
         let world = self.reachable()?;
         let wanted = |record: &&EncodingRecord| stream.is_none_or(|stream| record.stream == stream);
-        Ok(world.records.range(after.next()..).map(|(_, record)| record).filter(wanted).take(limit as usize).cloned().collect())
+        Ok(world
+            .records
+            .range(after.next()..)
+            .map(|(_, record)| record)
+            .filter(wanted)
+            .take(limit as usize)
+            .cloned()
+            .collect())
     }
 
     async fn backends(&self) -> Result<Vec<Backend>, MetadError> {
@@ -250,10 +315,17 @@ impl Cluster for FakeCluster {
         Ok(Vec::new())
     }
 
-    async fn placement(&self, _: VolumeId, shard_bytes: u64) -> Result<PlacementAnswer, MetadError> {
+    async fn placement(
+        &self,
+        _: VolumeId,
+        shard_bytes: u64,
+    ) -> Result<PlacementAnswer, MetadError> {
         let world = self.reachable()?;
         let policy = world.volume.as_ref().unwrap().policy;
-        let up = world.backends.iter().filter(|backend| backend.verdict == Verdict::Up);
+        let up = world
+            .backends
+            .iter()
+            .filter(|backend| backend.verdict == Verdict::Up);
         let candidates: Vec<Candidate> = up
             .map(|backend| Candidate {
                 backend: backend.id,
@@ -265,13 +337,21 @@ impl Cluster for FakeCluster {
         let none = vec![None; policy.geometry.total()];
         let placement = choose(&policy, policy.geometry, shard_bytes, &candidates, &none)
             .map_err(|unplaceable| MetadError::PolicyUnmet(unplaceable.missing))?;
-        let (backends, full_policy, missing) = (placement.backends, placement.full_policy, placement.missing);
-        Ok(PlacementAnswer { backends, full_policy, missing })
+        let (backends, full_policy, missing) =
+            (placement.backends, placement.full_policy, placement.missing);
+        Ok(PlacementAnswer {
+            backends,
+            full_policy,
+            missing,
+        })
     }
 
     async fn settings(&self) -> Result<ClusterSettings, MetadError> {
         let _up = self.reachable()?;
-        Ok(ClusterSettings { lease_ttl_ms: 600, ..ClusterSettings::default() })
+        Ok(ClusterSettings {
+            lease_ttl_ms: 600,
+            ..ClusterSettings::default()
+        })
     }
 
     async fn mutate(&self, mutation: Mutation, _: Duration) -> Result<Applied, MetadError> {
@@ -294,21 +374,27 @@ struct FakeBackend {
 impl FakeBackend {
     async fn admit(&self, storing: bool) -> Result<(), ClientError> {
         let endpoint = format!("backend {}", self.id);
-        let dead = || ClientError::Unreachable { endpoint: endpoint.clone(), reason: "on purpose".to_owned() };
+        let dead = || ClientError::Unreachable {
+            endpoint: endpoint.clone(),
+            reason: "on purpose".to_owned(),
+        };
         let trouble = {
             let mut world = self.world.lock();
-            if let Some(Trouble::DiesAfter(left)) = world.trouble.get_mut(&self.id) {
-                if storing && *left > 0 {
+            match world.trouble.get_mut(&self.id) {
+                Some(Trouble::DiesAfter(left)) if storing && *left > 0 => {
                     *left -= 1;
                     return Ok(());
                 }
+                _ => {}
             }
             world.trouble.get(&self.id).copied()
         };
         match trouble {
             None => Ok(()),
             Some(Trouble::Full) if !storing => Ok(()),
-            Some(Trouble::Full) => Err(ClientError::Full { endpoint: endpoint.clone() }),
+            Some(Trouble::Full) => Err(ClientError::Full {
+                endpoint: endpoint.clone(),
+            }),
             Some(Trouble::Down | Trouble::DiesAfter(_)) => Err(dead()),
             Some(Trouble::Hangs) => std::future::pending().await,
         }
@@ -319,29 +405,49 @@ impl FakeBackend {
 impl PieceStore for FakeBackend {
     async fn get(&self, key: &[u8]) -> Result<Option<Bytes>, ClientError> {
         self.admit(false).await?;
-        Ok(self.world.lock().pieces.get(&(self.id, key.to_vec())).cloned())
+        Ok(self
+            .world
+            .lock()
+            .pieces
+            .get(&(self.id, key.to_vec()))
+            .cloned())
     }
 
     async fn set(&self, key: &[u8], value: Bytes) -> Result<(), ClientError> {
         self.admit(true).await?;
-        self.world.lock().pieces.insert((self.id, key.to_vec()), value);
+        self.world
+            .lock()
+            .pieces
+            .insert((self.id, key.to_vec()), value);
         Ok(())
     }
 
     async fn delete(&self, key: &[u8]) -> Result<bool, ClientError> {
         self.admit(true).await?;
-        Ok(self.world.lock().pieces.remove(&(self.id, key.to_vec())).is_some())
+        Ok(self
+            .world
+            .lock()
+            .pieces
+            .remove(&(self.id, key.to_vec()))
+            .is_some())
     }
 }
 
 impl Connector for FakeCluster {
     fn connect(&self, backend: &Backend) -> Arc<dyn PieceStore> {
-        Arc::new(FakeBackend { world: Arc::clone(&self.0), id: backend.id })
+        Arc::new(FakeBackend {
+            world: Arc::clone(&self.0),
+            id: backend.id,
+        })
     }
 }
 
 /// Distinct backends that hold shards of committed records.
 pub(crate) fn used_backends(cluster: &FakeCluster) -> BTreeSet<u64> {
     let world = cluster.0.lock();
-    world.records.values().flat_map(|record| record.shards.iter().map(|shard| shard.backend.0)).collect()
+    world
+        .records
+        .values()
+        .flat_map(|record| record.shards.iter().map(|shard| shard.backend.0))
+        .collect()
 }

@@ -166,10 +166,11 @@ impl Observer {
             return;
         }
         let released = std::mem::take(&mut *self.released.lock());
-        if let (Some(filesystem), false) = (self.filesystem.get(), released.is_empty()) {
-            if let Err(error) = filesystem.datafiles_released(released, crate::fuse::now()) {
-                tracing::warn!(%error, "released datafiles stay listed as dead");
-            }
+        let Some(filesystem) = self.filesystem.get().filter(|_| !released.is_empty()) else {
+            return;
+        };
+        if let Err(error) = filesystem.datafiles_released(released, crate::fuse::now()) {
+            tracing::warn!(%error, "released datafiles stay listed as dead");
         }
     }
 

@@ -19,11 +19,18 @@ fn parts(cluster: &FakeCluster, dir: &Path, client: u8) -> SessionParts {
     let dir = StateDir::new(dir);
     std::fs::create_dir_all(dir.root()).unwrap();
     let client = ClientId::from_bytes([client; 16]);
-    let fresh = || ClientFile::new(client, ClusterId::from_bytes([1; 16]), volume.id, &volume.name);
+    let fresh = || {
+        ClientFile::new(
+            client,
+            ClusterId::from_bytes([1; 16]),
+            volume.id,
+            &volume.name,
+        )
+    };
     let client_file = ClientFile::load(&dir).unwrap().unwrap_or_else(fresh);
     SessionParts {
         cluster: Arc::new(cluster.clone()),
-        connector: Box::new(cluster.clone()),
+        connector: Arc::new(cluster.clone()),
         key: FakeCluster::key(),
         dir,
         media: Arc::new(DiskMedia),
@@ -64,18 +71,33 @@ fn write(session: &Session, name: &str, data: &[u8]) -> Ino {
     let filesystem = &session.filesystem;
     let known = filesystem.lookup(Ino::ROOT, name.as_bytes()).unwrap();
     let ino = known.map_or_else(
-        || filesystem.mknod(Ino::ROOT, name.as_bytes(), libc::S_IFREG | 0o644, 0, own_caller()).unwrap().ino,
+        || {
+            filesystem
+                .mknod(
+                    Ino::ROOT,
+                    name.as_bytes(),
+                    libc::S_IFREG | 0o644,
+                    0,
+                    own_caller(),
+                )
+                .unwrap()
+                .ino
+        },
         |known| known.ino,
     );
     for (at, part) in (0_u64..).zip(data.chunks(1 << 17)) {
-        filesystem.write(ino, at << 17, part, false, own_caller()).unwrap();
+        filesystem
+            .write(ino, at << 17, part, false, own_caller())
+            .unwrap();
     }
     ino
 }
 
 async fn read(session: &Session, name: &str) -> Result<Vec<u8>, FsError> {
     let filesystem = &session.filesystem;
-    let found = filesystem.lookup(Ino::ROOT, name.as_bytes())?.ok_or(FsError::NotFound)?;
+    let found = filesystem
+        .lookup(Ino::ROOT, name.as_bytes())?
+        .ok_or(FsError::NotFound)?;
     let mut all = Vec::new();
     while (all.len() as u64) < found.size {
         let mut buffer = vec![0; 1 << 17];
@@ -94,7 +116,9 @@ async fn sync(session: &Session) -> Result<Synced, SyncError> {
 async fn what_is_synced_and_evicted_reads_back_equal() {
     let (cluster, temp) = (FakeCluster::new("4+4", 1, 2), tempfile::tempdir().unwrap());
     let session = begin(&cluster, temp.path()).await;
-    let files: Vec<(String, Vec<u8>)> = (0..6).map(|n| (format!("f{n}"), contents(n, 1_500_000))).collect();
+    let files: Vec<(String, Vec<u8>)> = (0..6)
+        .map(|n| (format!("f{n}"), contents(n, 1_500_000)))
+        .collect();
     for (name, data) in &files {
         write(&session, name, data);
     }
@@ -111,7 +135,11 @@ async fn what_is_synced_and_evicted_reads_back_equal() {
     }
     assert!(session.fetcher().counters().pieces.load(Ordering::Relaxed) > 0);
     let info = session.info(Path::new("f0")).await.unwrap().unwrap();
-    assert!(info.datafiles[0].committed && info.datafiles[0].shards.len() == 8 && info.datafiles[0].local == "remote");
+    assert!(
+        info.datafiles[0].committed
+            && info.datafiles[0].shards.len() == 8
+            && info.datafiles[0].local == "remote"
+    );
     // A second sync with nothing new pushes nothing.
     let commits = cluster.0.lock().commits;
     sync(&session).await.unwrap();
@@ -134,7 +162,11 @@ async fn any_m_shards_may_be_gone_corrupt_or_dead_and_are_reported() {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
         let reports = cluster.0.lock().reports.clone();
-        let has = |shard, state| reports.iter().any(|report| report.shard == shard && report.state == state);
+        let has = |shard, state| {
+            reports
+                .iter()
+                .any(|report| report.shard == shard && report.state == state)
+        };
         if has(1, ShardState::Missing) && has(2, ShardState::Corrupt) {
             break;
         }
@@ -162,7 +194,10 @@ async fn a_dead_location_stops_neither_reads_nor_degraded_pushes() {
     // metad has not noticed yet: the client finds other places by itself.
     write(&session, "b", &data);
     let refused = sync(&session).await.unwrap_err();
-    assert!(matches!(refused, SyncError::BelowPolicy { .. }), "{refused}");
+    assert!(
+        matches!(refused, SyncError::BelowPolicy { .. }),
+        "{refused}"
+    );
     cluster.set_verdict(&[1, 2, 3, 4], Verdict::Down);
     write(&session, "c", &data);
     let synced = session.sync(soon(), true, &|_| {}).await.unwrap();
@@ -173,6 +208,87 @@ async fn a_dead_location_stops_neither_reads_nor_degraded_pushes() {
         assert!(read(&session, name).await.unwrap() == data, "{name}");
     }
     session.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backend_that_never_answers_is_read_around() {
+    let (cluster, temp) = (FakeCluster::new("4+4", 1, 2), tempfile::tempdir().unwrap());
+    let session = begin(&cluster, temp.path()).await;
+    let data = contents(12, 2_000_000);
+    write(&session, "a", &data);
+    sync(&session).await.unwrap();
+    session.evict_all();
+    cluster.set_trouble(&[1, 5], Some(Trouble::Hangs));
+    assert!(read(&session, "a").await.unwrap() == data);
+    session.stop().await;
+}
+
+/// Real 0-db servers over TCP instead of backends in memory; a shard's pieces are deleted behind the mount's back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn real_backends_hold_what_is_pushed() {
+    let (cluster, temp) = (FakeCluster::new("4+2", 0, 2), tempfile::tempdir().unwrap());
+    let servers = CancellationToken::new();
+    let media: Arc<dyn Media> = Arc::new(qsfs_zdb::media::SimMedia::new());
+    let mut engines = Vec::new();
+    let count = cluster.0.lock().backends.len();
+    for at in 0..count {
+        let mut options = qsfs_zdb::engine::EngineOptions::new(Arc::clone(&media));
+        options.root = Some(format!("/zdb{at}").into());
+        let engine = Arc::new(qsfs_zdb::engine::Engine::open(options).unwrap());
+        engine.create_namespace("shards").unwrap();
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        cluster.0.lock().backends[at].address.endpoint = listener.local_addr().unwrap().to_string();
+        let config = qsfs_zdb::server::ServerConfig::default();
+        engines.push(tokio::spawn(qsfs_zdb::server::serve(
+            listener,
+            engine,
+            config,
+            servers.clone(),
+        )));
+    }
+    let ca = qsfs_proto::ca::CertificateAuthority::create(ClusterId::from_bytes([1; 16])).unwrap();
+    let identity = ca.issue(qsfs_proto::api::Role::Client, "*").unwrap();
+    let tls = qsfs_proto::tls::client_config(&identity).unwrap();
+    let connector: Arc<dyn Connector> = Arc::new(crate::backends::ZdbConnector { tls });
+    let parts = SessionParts {
+        connector: Arc::clone(&connector),
+        ..parts(&cluster, temp.path(), 1)
+    };
+    let session = Session::begin(parts).await.unwrap();
+    let data = contents(13, 5_000_000);
+    write(&session, "a", &data);
+    sync(&session).await.unwrap();
+    session.evict_all();
+    let records: Vec<EncodingRecord> = cluster.0.lock().records.values().cloned().collect();
+    for record in &records {
+        let backend = record.shards[0].backend;
+        let described = cluster
+            .0
+            .lock()
+            .backends
+            .iter()
+            .find(|known| known.id == backend)
+            .cloned()
+            .unwrap();
+        let client = connector.connect(&described);
+        for key in qsfs_zstor::codec::Stripe::of(record).unwrap().shard_keys(0) {
+            assert!(client.delete(&key.to_bytes()).await.unwrap());
+        }
+    }
+    assert!(read(&session, "a").await.unwrap() == data);
+    assert!(
+        session
+            .fetcher()
+            .counters()
+            .reconstructed
+            .load(Ordering::Relaxed)
+            > 0
+    );
+    session.end(soon(), &|_| {}).await.unwrap();
+    servers.cancel();
+    for engine in engines {
+        engine.await.unwrap().unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -223,7 +339,9 @@ async fn a_killed_mount_finds_everything_and_pushes_on() {
         session.local().stop();
     }
     let session = begin(&cluster, temp.path()).await;
-    assert!(read(&session, "a").await.unwrap() == first && read(&session, "b").await.unwrap() == second);
+    assert!(
+        read(&session, "a").await.unwrap() == first && read(&session, "b").await.unwrap() == second
+    );
     sync(&session).await.unwrap();
     cluster.check_stored();
     session.evict_all();
@@ -239,40 +357,67 @@ async fn takeover_with_the_key_alone_shows_the_last_push_and_fences_the_old_writ
     let old = begin(&cluster, &old_dir).await;
     write(&old, "a", &data);
     write(&old, "gone", &data[..10]);
-    old.filesystem.unlink(Ino::ROOT, b"gone", own_caller()).unwrap();
+    old.filesystem
+        .unlink(Ino::ROOT, b"gone", own_caller())
+        .unwrap();
     sync(&old).await.unwrap();
     write(&old, "unpushed", &data[..100_000]);
     old.filesystem.sync().unwrap();
 
-    let held = Session::begin(parts(&cluster, &new_dir, 2)).await.unwrap_err();
+    let held = Session::begin(parts(&cluster, &new_dir, 2))
+        .await
+        .unwrap_err();
     assert_eq!(held.exit_code(), 11, "{held}");
-    let wrong = SessionParts { key: VolumeKey::from_bytes([1; 32]), takeover: true, ..parts(&cluster, &new_dir, 2) };
+    let wrong = SessionParts {
+        key: VolumeKey::from_bytes([1; 32]),
+        takeover: true,
+        ..parts(&cluster, &new_dir, 2)
+    };
     let wrong = Session::begin(wrong).await.unwrap_err();
     assert_eq!(wrong.exit_code(), 12, "{wrong}");
     std::fs::remove_dir_all(&new_dir).unwrap();
 
-    let taker = SessionParts { takeover: true, ..parts(&cluster, &new_dir, 3) };
+    let taker = SessionParts {
+        takeover: true,
+        ..parts(&cluster, &new_dir, 3)
+    };
     let new = Session::begin(taker).await.unwrap();
     assert!(read(&new, "a").await.unwrap() == data);
-    assert!(matches!(read(&new, "unpushed").await, Err(FsError::NotFound)));
+    assert!(matches!(
+        read(&new, "unpushed").await,
+        Err(FsError::NotFound)
+    ));
     assert!(matches!(read(&new, "gone").await, Err(FsError::NotFound)));
     write(&new, "later", &data[..50_000]);
     sync(&new).await.unwrap();
 
     // The old one hears of it with its next renewal.
-    assert_eq!(tokio::time::timeout(Duration::from_secs(20), old.fenced()).await.unwrap(), new.epoch());
-    let refused = old.filesystem.mkdir(Ino::ROOT, b"d", 0o755, own_caller()).unwrap_err();
+    assert_eq!(
+        tokio::time::timeout(Duration::from_secs(20), old.fenced())
+            .await
+            .unwrap(),
+        new.epoch()
+    );
+    let refused = old
+        .filesystem
+        .mkdir(Ino::ROOT, b"d", 0o755, own_caller())
+        .unwrap_err();
     assert!(matches!(refused, FsError::ReadOnly(_)), "{refused}");
     assert!(old.end(soon(), &|_| {}).await.is_err());
     drop(old);
-    let aside: Vec<_> = std::fs::read_dir(old_dir.join("aside").join("epoch-1")).unwrap().collect();
+    let aside: Vec<_> = std::fs::read_dir(old_dir.join("aside").join("epoch-1"))
+        .unwrap()
+        .collect();
     assert!(aside.len() >= 2, "journal and data: {aside:?}");
     new.end(soon(), &|_| {}).await.unwrap();
 
     // It may come back, and sees what the other wrote.
     let again = begin(&cluster, &old_dir).await;
     assert!(read(&again, "later").await.unwrap() == data[..50_000]);
-    assert!(matches!(read(&again, "unpushed").await, Err(FsError::NotFound)));
+    assert!(matches!(
+        read(&again, "unpushed").await,
+        Err(FsError::NotFound)
+    ));
     again.end(soon(), &|_| {}).await.unwrap();
 }
 
@@ -291,13 +436,21 @@ async fn an_outrun_writer_that_was_killed_keeps_its_data_aside() {
         old.pushing.cancel();
         old.local().stop();
     }
-    let new = Session::begin(SessionParts { takeover: true, ..parts(&cluster, &new_dir, 2) }).await.unwrap();
+    let new = Session::begin(SessionParts {
+        takeover: true,
+        ..parts(&cluster, &new_dir, 2)
+    })
+    .await
+    .unwrap();
     write(&new, "b", &data);
     new.end(soon(), &|_| {}).await.unwrap();
     let back = begin(&cluster, &old_dir).await;
     assert!(back.recovery.set_aside.len() >= 2, "{:?}", back.recovery);
     assert!(read(&back, "a").await.unwrap() == data && read(&back, "b").await.unwrap() == data);
-    assert!(matches!(read(&back, "unpushed").await, Err(FsError::NotFound)));
+    assert!(matches!(
+        read(&back, "unpushed").await,
+        Err(FsError::NotFound)
+    ));
     back.end(soon(), &|_| {}).await.unwrap();
 }
 
@@ -310,12 +463,19 @@ async fn recovery_begins_at_a_checkpoint_and_the_dead_are_released() {
     write(&session, "dead", &data);
     write(&session, "a", &data[..70_000]);
     sync(&session).await.unwrap();
-    session.filesystem.unlink(Ino::ROOT, b"dead", own_caller()).unwrap();
+    session
+        .filesystem
+        .unlink(Ino::ROOT, b"dead", own_caller())
+        .unwrap();
     write(&session, "b", &data[..80_000]);
     sync(&session).await.unwrap();
     let taken = {
         let (store, filesystem) = (Arc::clone(session.local()), Arc::clone(&session.filesystem));
-        tokio::task::spawn_blocking(move || checkpoint::take(&store, filesystem.namespace()).unwrap()).await.unwrap()
+        tokio::task::spawn_blocking(move || {
+            checkpoint::take(&store, filesystem.namespace()).unwrap()
+        })
+        .await
+        .unwrap()
     };
     write(&session, "c", &data[..90_000]);
     sync(&session).await.unwrap();
@@ -346,14 +506,27 @@ async fn a_follower_sees_what_the_writer_pushes_and_refuses_writes() {
     let writer = begin(&cluster, &temp.path().join("w")).await;
     write(&writer, "a", &data);
     sync(&writer).await.unwrap();
-    let follower = SessionParts { read_only: true, ..parts(&cluster, &temp.path().join("f"), 2) };
+    let follower = SessionParts {
+        read_only: true,
+        ..parts(&cluster, &temp.path().join("f"), 2)
+    };
     let follower = Session::begin(follower).await.unwrap();
     assert!(read(&follower, "a").await.unwrap() == data);
-    assert!(follower.filesystem.mkdir(Ino::ROOT, b"d", 0o755, own_caller()).is_err());
+    assert!(
+        follower
+            .filesystem
+            .mkdir(Ino::ROOT, b"d", 0o755, own_caller())
+            .is_err()
+    );
     write(&writer, "b", &data);
     sync(&writer).await.unwrap();
     let deadline = Instant::now() + Duration::from_secs(30);
-    while follower.filesystem.lookup(Ino::ROOT, b"b").unwrap().is_none_or(|found| found.size < 200_000) {
+    while follower
+        .filesystem
+        .lookup(Ino::ROOT, b"b")
+        .unwrap()
+        .is_none_or(|found| found.size < 200_000)
+    {
         assert!(Instant::now() < deadline);
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -369,7 +542,11 @@ async fn a_damaged_local_copy_of_committed_data_is_read_from_its_shards() {
     let session = begin(&cluster, temp.path()).await;
     write(&session, "a", &data);
     sync(&session).await.unwrap();
-    let pushed = session.local().catalog().at(Stream::Data, crate::store::layout::Stage::Pushed).remove(0);
+    let pushed = session
+        .local()
+        .catalog()
+        .at(Stream::Data, crate::store::layout::Stage::Pushed)
+        .remove(0);
     let path = session.local().path_of(&pushed);
     let mut raw = std::fs::read(&path).unwrap();
     raw[123_456] ^= 4;

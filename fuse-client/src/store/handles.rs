@@ -205,8 +205,11 @@ pub fn read_verified(
 #[derive(Debug)]
 pub struct Handles {
     media: Arc<dyn Media>,
-    open: Mutex<(u64, HashMap<DatafileId, (u64, Arc<Handle>)>)>,
+    open: Mutex<Open>,
 }
+
+/// A clock that counts uses, and every handle with the time of its last one.
+type Open = (u64, HashMap<DatafileId, (u64, Arc<Handle>)>);
 
 impl Handles {
     /// None open yet.
