@@ -232,8 +232,11 @@ async fn real_backends_hold_what_is_pushed() {
     let mut engines = Vec::new();
     let count = cluster.0.lock().backends.len();
     for at in 0..count {
-        let mut options = qsfs_zdb::engine::EngineOptions::new(Arc::clone(&media));
-        options.root = Some(format!("/zdb{at}").into());
+        let options = qsfs_zdb::engine::EngineOptions {
+            media: Arc::clone(&media),
+            root: Some(format!("/zdb{at}").into()),
+            ..qsfs_zdb::engine::EngineOptions::default()
+        };
         let engine = Arc::new(qsfs_zdb::engine::Engine::open(options).unwrap());
         engine.create_namespace("shards").unwrap();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
