@@ -148,6 +148,8 @@ pub struct Datafile {
     shared: Arc<Shared>,
     length: u64,
     allocated: u64,
+    /// The file's length right after the last mark.
+    marked_at: u64,
 }
 
 impl Datafile {
@@ -227,6 +229,7 @@ impl Datafile {
             shared: Arc::new(shared),
             length,
             allocated: length,
+            marked_at: 0,
         }
     }
 
@@ -262,6 +265,23 @@ impl Datafile {
             parts: &[],
         }])?;
         self.sync()
+    }
+
+    /// Say in the file that everything so far is durable, without a sync: for a file that is idle. Nothing happens if a mark stands
+    /// there already or something is not durable yet.
+    pub fn mark_idle(&mut self) -> Result<(), DatafileError> {
+        let durable = self.shared.durable.load(Ordering::Acquire);
+        if durable != self.length || self.marked_at == self.length {
+            return Ok(());
+        }
+        self.append_frames(&[FrameParts {
+            kind: KIND_MARK,
+            prefix: &[],
+            parts: &[],
+        }])?;
+        // The mark itself is not durable, and need not be: losing it loses nothing.
+        self.marked_at = self.length;
+        Ok(())
     }
 
     fn append_frames(&mut self, frames: &[FrameParts<'_>]) -> Result<Vec<u64>, DatafileError> {

@@ -1,9 +1,10 @@
 //! Which backend gets which shard, and what a stripe survives. One function decides; commit, repair and audit check with the
 //! same function.
 //!
-//! A policy asks three things of a stripe: any `L` locations may be lost, any `N` nodes may be lost, every shard has a backend of
-//! its own. When they cannot all be met, they are given up in this order: survival of locations (one by one), survival
+//! A policy asks two things of a stripe: any `L` locations may be lost, any `N` nodes may be lost. Besides, every shard should have
+//! a backend of its own. When they cannot all be met, they are given up in this order: survival of locations (one by one), survival
 //! of nodes (one by one), one backend per shard (two per backend, then three, ...). Never given up: any one backend may be lost.
+//! Shards that share a backend because one was lost do not make a stripe below policy as long as it survives what the policy asks.
 //!
 //! Invariants: pure and deterministic, whatever the order of the candidates; full policy whenever a full-policy placement exists; shards
 //! are spread evenly over locations, then nodes, then backends, then by free space.
@@ -71,8 +72,6 @@ pub struct Survival {
     pub nodes: u32,
     /// Any so many backends.
     pub backends: u32,
-    /// Every one of the `k + m` shards is there, on a backend of its own.
-    pub one_backend_each: bool,
 }
 
 /// Backends for all `k + m` shards.
@@ -109,16 +108,13 @@ pub fn survival(geometry: Geometry, sites: &[Option<Site>]) -> Option<Survival> 
     Some(Survival {
         locations: losable(locations.into_values(), spare),
         nodes: losable(nodes.into_values(), spare),
-        one_backend_each: backends.len() == geometry.total() && alive.len() == geometry.total(),
         backends: losable(backends.into_values(), spare),
     })
 }
 
 /// Do the survival rules of a policy hold, whatever the stripe's geometry?
 pub const fn holds(policy: &Policy, survival: &Survival) -> bool {
-    survival.locations >= policy.survive_locations
-        && survival.nodes >= policy.survive_nodes
-        && survival.one_backend_each
+    survival.locations >= policy.survive_locations && survival.nodes >= policy.survive_nodes
 }
 
 /// How many domains may be lost when `spare` shards may: the fullest go first.

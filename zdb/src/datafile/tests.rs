@@ -125,6 +125,27 @@ fn rot_in_the_last_frame_of_a_marked_file_is_damage_not_a_torn_tail() {
 }
 
 #[test]
+fn an_idle_mark_needs_no_sync_and_stands_once() {
+    let (sim, media) = sim();
+    let mut datafile = Datafile::create(&media, path(), HEADER).unwrap();
+    let last = datafile.append(1, &[&[1; 100]]).unwrap();
+    datafile.mark_idle().unwrap();
+    assert_eq!(
+        datafile.frames(0).count(),
+        1,
+        "nothing is durable yet, nothing is marked"
+    );
+    datafile.sync().unwrap();
+    let before = datafile.len();
+    datafile.mark_idle().unwrap();
+    datafile.mark_idle().unwrap();
+    assert_eq!(datafile.len(), before + 32);
+    sim.flip(path(), last + 50, 1);
+    drop(datafile);
+    assert_eq!(reopen(&media).1.damaged.len(), 1);
+}
+
+#[test]
 fn one_copy_of_the_file_header_is_enough() {
     let (sim, media) = sim();
     let mut datafile = Datafile::create(&media, path(), HEADER).unwrap();

@@ -11,12 +11,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::oneshot;
 
 /// Operations and bytes of one commit.
 const BATCH_OPERATIONS_MAX: usize = 4096;
 const BATCH_BYTES_MAX: usize = 32 << 20;
+
+/// A namespace without writes for this long marks its datafile.
+const IDLE_AFTER: Duration = Duration::from_millis(500);
 
 /// How to open a namespace.
 #[derive(Debug, Clone)]
@@ -517,11 +520,18 @@ impl Shared {
         Vec<oneshot::Sender<Result<Done, EngineError>>>,
     )> {
         let mut queue = self.queue.lock();
+        let mut idle = false;
         while queue.waiting.is_empty() {
             if queue.closed {
                 return None;
             }
-            self.wake.wait(&mut queue);
+            if idle {
+                self.wake.wait(&mut queue);
+            } else if self.wake.wait_for(&mut queue, IDLE_AFTER).timed_out() {
+                idle = true;
+                // Those that come meanwhile are in the queue when this is done.
+                parking_lot::MutexGuard::unlocked(&mut queue, || self.store.idle());
+            }
         }
         let (mut operations, mut answers) = (Vec::new(), Vec::new());
         let mut bytes = 0;

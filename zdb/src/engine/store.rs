@@ -376,6 +376,16 @@ impl Store {
         self.next_file.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Nothing is being written: say in the active datafile that all of it is durable, so that rot in it is known as rot after a crash.
+    pub(super) fn idle(&self) {
+        if self.check_running().is_ok()
+            && self.check_alive().is_ok()
+            && let Err(error) = self.writer.lock().active.mark_idle()
+        {
+            tracing::debug!(%error, "cannot mark the idle datafile");
+        }
+    }
+
     /// Say in the active datafile that all of it is durable, and let the next owner in.
     pub(super) fn close(&self) {
         if self.check_running().is_ok() && self.check_alive().is_ok() {

@@ -182,13 +182,6 @@ pub(super) fn missing(policy: &Policy, geometry: Geometry, rules: &Rules, usable
     };
     rule(locations, rules.locations, "location");
     rule(nodes, rules.nodes, "node");
-    if rules.per_backend > 1 {
-        given_up.push(format!(
-            "needs {} backends for one shard each, up to {} share one",
-            geometry.total(),
-            plural(rules.per_backend, "shard")
-        ));
-    }
     if given_up.is_empty() {
         return String::new();
     }

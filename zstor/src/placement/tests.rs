@@ -95,12 +95,10 @@ fn brute_survival(geometry: Geometry, sites: &[Option<Site>]) -> Option<Survival
                 .collect::<Vec<_>>(),
         )
     };
-    let distinct: BTreeSet<_> = sites.iter().flatten().map(|site| site.backend).collect();
     Some(Survival {
         locations: by(&|site| site.location.to_string()),
         nodes: by(&|site| format!("{}/{}", site.location, site.node)),
         backends: by(&|site| site.backend.to_string()),
-        one_backend_each: distinct.len() == geometry.total(),
     })
 }
 
@@ -409,9 +407,25 @@ fn four_plus_four_on_two_locations_survives_a_location() {
             locations: 1,
             nodes: 2,
             backends: 4,
-            one_backend_each: true
         }
     );
+}
+
+/// One disk of eight is gone for good: two shards share a backend, and that is all the policy asks.
+#[test]
+fn eight_shards_on_seven_backends_are_at_policy() {
+    let everything = cluster(&[&[2, 2], &[2, 2]], 1 << 40);
+    let policy = policy(geometry(4, 4), 1, 2);
+    let mut current = all(&choose(&policy, policy.geometry, 1 << 24, &everything, &[])
+        .unwrap()
+        .backends);
+    let (gone, left) = everything.split_first().unwrap();
+    for shard in current.iter_mut().filter(|at| **at == Some(gone.backend)) {
+        *shard = None;
+    }
+    let found = moves(&policy, policy.geometry, 1 << 24, &current, left).unwrap();
+    assert_eq!(found.moves.len(), 1);
+    assert!(found.full_policy && found.missing.is_empty());
 }
 
 #[test]
