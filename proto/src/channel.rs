@@ -26,11 +26,7 @@ pub(crate) fn versioned(channel: Channel) -> Versioned {
     InterceptedService::new(channel, add_version)
 }
 
-#[expect(
-    clippy::unnecessary_wraps,
-    clippy::result_large_err,
-    reason = "the shape of an interceptor"
-)]
+#[expect(clippy::unnecessary_wraps, reason = "the shape of an interceptor")]
 fn add_version(mut request: Request<()>) -> Result<Request<()>, Status> {
     let version = MetadataValue::from_static(PROTOCOL_VERSION);
     request.metadata_mut().insert(PROTOCOL_KEY, version);

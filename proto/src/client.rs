@@ -7,9 +7,6 @@
 mod attempt;
 mod session;
 
-#[cfg(test)]
-mod tests;
-
 use crate::api::{
     Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Member,
     MetadError, Mutation, PlacementAnswer, TokenInfo, Volume,

@@ -27,3 +27,6 @@ pub mod token;
 mod channel;
 mod verb;
 mod wire;
+
+#[cfg(test)]
+mod tests;

@@ -22,6 +22,8 @@ use std::fmt;
 #[expect(
     unreachable_pub,
     clippy::all,
+    clippy::allow_attributes_without_reason,
+    clippy::too_many_lines,
     reason = "generated; the schema says what they are"
 )]
 pub(crate) mod pb {

@@ -11,6 +11,7 @@ use futures::stream;
 use qsfs_zstor::id::AgentId;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{Status, Streaming};
 
 pub(super) async fn open(
@@ -20,12 +21,19 @@ pub(super) async fn open(
     let frame = |kind| pb::SessionFrame { kind: Some(kind) };
     let (reports, receiver) = mpsc::channel::<AgentReport>(SESSION_QUEUE_MAX);
     let first = frame(pb::session_frame::Kind::Open(agent.to_wire()));
+    // Whoever sends reports learns by its sender that the session is over.
+    let ended = CancellationToken::new();
+    let guard = ended.clone().drop_guard();
     let rest = ReceiverStream::new(receiver)
-        .map(move |report| frame(pb::session_frame::Kind::Report(report.to_wire())));
+        .map(move |report| frame(pb::session_frame::Kind::Report(report.to_wire())))
+        .take_until(ended.cancelled_owned());
     let frames = stream::once(std::future::ready(first)).chain(rest);
     let orders = stub.agent_session(frames).await?.into_inner();
     let (sender, receiver) = mpsc::channel(SESSION_QUEUE_MAX);
-    tokio::spawn(forward_orders(orders, sender));
+    tokio::spawn(async move {
+        let _ended = guard;
+        forward_orders(orders, sender).await;
+    });
     Ok((reports, receiver))
 }
 

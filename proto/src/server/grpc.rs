@@ -16,6 +16,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::debug;
 
@@ -184,13 +185,19 @@ impl pb::metad_server::Metad for Grpc {
             return Err(invalid("a session begins with the agent's id"));
         };
         let (reports, receiver) = mpsc::channel(SESSION_QUEUE_MAX);
-        tokio::spawn(forward_reports(frames, reports));
+        // Fires when the answer stream is over, or never came to be: one half must not outlive the other.
+        let ended = CancellationToken::new();
+        let guard = ended.clone().drop_guard();
+        tokio::spawn(ended.run_until_cancelled_owned(forward_reports(frames, reports)));
         let orders = self
             .service
             .agent_session(&peer, AgentId(agent), receiver)
             .await
             .map_err(|error| status_of(&error))?;
-        let orders = ReceiverStream::new(orders).map(|order| Ok(order.to_wire()));
+        let orders = ReceiverStream::new(orders).map(move |order| {
+            let _held = &guard;
+            Ok(order.to_wire())
+        });
         Ok(Response::new(orders.boxed()))
     }
 }

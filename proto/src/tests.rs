@@ -1,0 +1,8 @@
+//! Over real TLS sockets, with a made-up metad behind the shell.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+mod client;
+mod fake;
+mod identity;
+mod server;
+mod tls;
