@@ -11,12 +11,14 @@
 //!
 //! - [`binary`]: running `qsfs` with a deadline
 //! - [`dev_cluster`]: a cluster that never outlives its test
+//! - [`daemons`]: daemons started by hand, which do not outlive it either
 //! - [`wait`]: waiting for a condition instead of sleeping
 //! - [`tree`]: builder and comparer of directory trees
 //! - [`history`]: the prefix checker for crashes
 //! - [`process`]: what runs, by pid files
 
 pub mod binary;
+pub mod daemons;
 pub mod dev_cluster;
 pub mod history;
 pub mod process;
@@ -24,5 +26,6 @@ pub mod tree;
 pub mod wait;
 
 pub use binary::{Binary, Outcome};
+pub use daemons::{Daemons, free_address};
 pub use dev_cluster::{DevCluster, DevOptions};
 pub use wait::{wait_for, wait_within};

@@ -17,7 +17,7 @@ mod up;
 
 use crate::table::{Table, print, print_json};
 use crate::units::parse_duration;
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use layout::{Kind, Layout, Member};
 use process::Process;
@@ -35,7 +35,7 @@ pub(crate) struct DevArguments {
     #[command(subcommand)]
     command: Option<DevCommand>,
     #[command(flatten)]
-    up: Option<UpArguments>,
+    up: UpArguments,
 }
 
 /// Verbs of `qsfs dev`.
@@ -89,7 +89,8 @@ pub(crate) struct DataDirectory {
 #[derive(Debug, Args)]
 pub(crate) struct UpArguments {
     /// Where the volume is mounted; made when missing
-    dir: PathBuf,
+    #[arg(required = true)]
+    dir: Option<PathBuf>,
     /// Where everything is kept [default: a temporary directory, removed at the end unless --keep]
     #[arg(long, value_name = "D")]
     data_dir: Option<PathBuf>,
@@ -153,11 +154,7 @@ fn size(text: &str) -> Result<u64, String> {
 
 /// Runs one.
 pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
-    let command = match (arguments.command, arguments.up) {
-        (Some(command), _) => command,
-        (None, Some(up)) => DevCommand::Up(up),
-        (None, None) => bail!("name the directory to mount at: qsfs dev DIR"),
-    };
+    let command = arguments.command.unwrap_or(DevCommand::Up(arguments.up));
     match command {
         DevCommand::Up(arguments) => up::run(arguments).await,
         DevCommand::Ps { data, json } => ps(&data.open()?, json),

@@ -20,11 +20,6 @@ pub(crate) const FINDINGS: &[(&str, &str, &str)] = &[
         "Look at the agent's log. If the disk is gone for good nothing needs to be done: after lost-after its shards are rebuilt on the other backends.",
     ),
     (
-        "BACKEND_LOST",
-        "A backend was down for longer than lost-after. Its shards count as gone and are rebuilt on the others.",
-        "Wait until re-silver is through, then `qsfs backend retire ID --apply`.",
-    ),
-    (
         "BACKEND_FULL",
         "A backend has no room for further shards; others are chosen.",
         "Add a backend (`qsfs agent join`), or delete data.",
@@ -35,7 +30,7 @@ pub(crate) const FINDINGS: &[(&str, &str, &str)] = &[
         "Nothing, if re-silver makes progress. `qsfs heal status` says what it waits for: usually for backends in another location.",
     ),
     (
-        "UNREADABLE",
+        "DATA_UNREADABLE",
         "Fewer than k shards of some datafiles can be reached: they cannot be read now.",
         "Bring backends back; nothing can be rebuilt from fewer than k shards.",
     ),
@@ -60,14 +55,19 @@ pub(crate) const FINDINGS: &[(&str, &str, &str)] = &[
         "Start it again (`qsfs metad serve --data DIR`).",
     ),
     (
-        "QUORUM_IN_ONE_LOCATION",
-        "One location holds a majority of the metad nodes: losing it stops commits.",
-        "Join a metad node at another location.",
+        "SHARDS_BAD",
+        "Shards were found missing or corrupt, by a read or by a scrub; they are being made again.",
+        "Nothing for a few. If one backend has many, its disk is failing: `qsfs backend drain ID --apply`.",
     ),
     (
-        "ROT_FOUND",
-        "Damaged or missing shards were found; they are rebuilt.",
-        "Nothing for a few. If one backend has many, its disk is failing: `qsfs backend drain ID`.",
+        "RESILVER_WAITING",
+        "There are shards to make, and the text says what that waits for.",
+        "Give it what it waits for: usually backends with room, at the right location.",
+    ),
+    (
+        "AT_RISK_UNKNOWN",
+        "The client that writes the volume was not heard for a while, so it is not known what is at risk there.",
+        "Look at that machine: is the mount alive, does it reach metad? If it is gone for good, mount elsewhere with the recovery kit and --takeover.",
     ),
 ];
 

@@ -20,23 +20,17 @@ pub(crate) struct UmountArguments {
     /// How long to push what is at risk, in seconds
     #[arg(long, default_value = "600", value_name = "S")]
     timeout: u64,
-    /// Unmount now; what is at risk stays in the state directory, for the next mount
-    #[arg(long)]
-    no_push: bool,
 }
 
 /// Runs it.
 pub(crate) async fn run(arguments: &UmountArguments) -> anyhow::Result<()> {
-    let patience = match arguments.no_push {
-        true => Duration::ZERO,
-        false => Duration::from_secs(arguments.timeout),
-    };
+    let patience = Duration::from_secs(arguments.timeout);
     let found = qsfs_fuse_client::control::find(&arguments.dir);
     let found = match found {
         Ok(found) => found,
         Err(_) if crate::mount::is_mounted(&arguments.dir) => {
             // Its process is dead: there is nothing to push with.
-            umount2(&arguments.dir, MntFlags::MNT_DETACH)?;
+            detach(&arguments.dir)?;
             anyhow::bail!(
                 "the mount's process was dead; {} is detached, what was at risk is in its state directory: mount it again",
                 arguments.dir.display()
@@ -44,15 +38,47 @@ pub(crate) async fn run(arguments: &UmountArguments) -> anyhow::Result<()> {
         }
         Err(error) => return Err(refusal(error)),
     };
+    let client = Client::new(found.socket);
     let timeout_ms = Some(units::millis(patience));
-    let asked = with_bar(
-        "pushing",
-        &Client::new(found.socket),
-        &Request::Unmount { timeout_ms },
-    )
-    .await;
-    asked.map(drop).map_err(refusal)?;
-    wait_unmounted(&found.root).await
+    match with_bar("pushing", &client, &Request::Unmount { timeout_ms }).await {
+        Ok(_) => wait_unmounted(&found.root).await,
+        Err(error @ ControlError::Refused { .. }) => {
+            let failure = left_behind(&client, error).await;
+            detach(&found.root)?;
+            Err(failure)
+        }
+        Err(error) => Err(refusal(error)),
+    }
+}
+
+/// Unmounts although not everything is pushed; files that are open there stay usable until they are closed.
+pub(crate) fn detach(root: &Path) -> anyhow::Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        return Ok(umount2(root, MntFlags::MNT_DETACH)?);
+    }
+    let helper = std::process::Command::new("fusermount3")
+        .arg("-uz")
+        .arg(root)
+        .status();
+    match helper {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => anyhow::bail!("fusermount3 -uz {} ended with {status}", root.display()),
+        Err(error) => anyhow::bail!("fusermount3 (package fuse3): {error}"),
+    }
+}
+
+/// The refusal, with what stays at risk and where.
+async fn left_behind(client: &Client, error: ControlError) -> anyhow::Error {
+    let code = error.exit_code();
+    let mut text = format!("not everything could be pushed: {error}");
+    if let Ok(Answer::Report(report)) = client.ask(&Request::Report, |_| {}).await {
+        text = format!(
+            "{text}; {} stay at risk, in {}: the next mount with this state directory pushes them",
+            units::bytes(report.at_risk_bytes),
+            report.state_dir.display()
+        );
+    }
+    Failure::new(code, text).into()
 }
 
 async fn wait_unmounted(root: &Path) -> anyhow::Result<()> {
@@ -80,17 +106,7 @@ pub(crate) async fn push_at_risk(dir: &Path, patience: Duration) -> anyhow::Resu
     };
     match with_bar("pushing", &client, &request).await {
         Ok(_) => Ok(()),
-        Err(error) => {
-            let mut text = error.to_string();
-            if let Ok(Answer::Report(report)) = client.ask(&Request::Report, |_| {}).await {
-                text = format!(
-                    "{text}; {} stay at risk, in {}",
-                    units::bytes(report.at_risk_bytes),
-                    report.state_dir.display()
-                );
-            }
-            Err(Failure::new(error.exit_code(), text).into())
-        }
+        Err(error) => Err(left_behind(&client, error).await),
     }
 }
 

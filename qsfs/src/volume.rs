@@ -145,8 +145,8 @@ pub(crate) struct NewVolume {
     pub(crate) keep_copy: bool,
 }
 
-/// Creates a volume, its key and its recovery kit. The kit is on disk before metad knows the volume: a volume whose key
-/// was lost would be useless.
+/// Creates a volume, its key and its recovery kit. Should the kit not reach the disk, the volume is deleted again: one
+/// whose key is lost would be useless.
 pub(crate) async fn create(session: &Session, new: NewVolume) -> anyhow::Result<Volume> {
     if new.kit.exists() {
         bail!(
@@ -155,62 +155,57 @@ pub(crate) async fn create(session: &Session, new: NewVolume) -> anyhow::Result<
         );
     }
     let policy = choose_policy(session, &new).await?;
-    match session.client().volume(&new.name).await {
-        Ok(volume) => return Err(MetadError::Exists(format!("volume {}", volume.name)).into()),
-        Err(MetadError::NoSuchVolume(_)) => {}
-        Err(error) => return Err(error.into()),
-    }
-    let volume = Volume {
-        id: VolumeId::random(&mut rand::rng()),
-        name: new.name,
-        policy,
-        key_id: KeyId::random(&mut rand::rng()),
-        epoch: Default::default(),
-        lease: None,
-        head: Default::default(),
-        settings: new.settings,
-        created_ms: units::now_ms(),
+    let key_id = KeyId::random(&mut rand::rng());
+    let created = session
+        .client()
+        .mutate(Mutation::CreateVolume {
+            id: VolumeId::random(&mut rand::rng()),
+            name: new.name,
+            policy,
+            key_id,
+            settings: new.settings,
+        })
+        .await?;
+    let Applied::Volume(volume) = created else {
+        bail!("metad answered another question");
     };
-    let request = KeyRequest::new()?;
+    let written = write_kit(session, &volume, &new.kit, new.keep_copy).await;
+    if let Err(error) = written {
+        let volume = volume.id;
+        let undone = session.apply(Mutation::DeleteVolume { volume }).await;
+        return Err(error.context(match undone {
+            Ok(()) => "the volume was not created".to_owned(),
+            Err(also) => format!("the volume exists without a kit; delete it ({also:#})"),
+        }));
+    }
+    Ok(*volume)
+}
+
+async fn write_kit(
+    session: &Session,
+    volume: &Volume,
+    path: &Path,
+    keep_copy: bool,
+) -> anyhow::Result<()> {
     let client = session.client();
+    let request = KeyRequest::new()?;
     let certificate = client
         .issue_client_certificate(request.csr_pem(), Some(volume.id))
         .await?;
-    let identity = request.finish(
-        certificate,
-        session.context().identity().ca_pem().to_owned(),
-    )?;
+    let ca = session.context().identity().ca_pem().to_owned();
+    let identity = request.finish(certificate, ca)?;
     let members = client.members().await?;
     let endpoints = members.into_iter().map(|member| member.address).collect();
     let key = VolumeKey::generate(&mut rand::rng());
-    let kit = create_kit(&volume, key, endpoints, identity);
-    kit.save(&new.kit)?;
-    let created = client
-        .mutate(Mutation::CreateVolume {
-            id: volume.id,
-            name: volume.name.clone(),
-            policy,
-            key_id: volume.key_id,
-            settings: volume.settings.clone(),
-        })
-        .await;
-    let created = match created {
-        Ok(Applied::Volume(volume)) => *volume,
-        Ok(_) => volume,
-        // It may exist after all: the kit stays.
-        Err(error @ MetadError::Unknown(_)) => return Err(error.into()),
-        Err(error) => {
-            let _ = std::fs::remove_file(&new.kit);
-            return Err(error.into());
-        }
-    };
-    if new.keep_copy {
-        let copy = session::kit_path(&session.state_dir()?, &created.name);
+    let kit = create_kit(volume, key, endpoints, identity);
+    kit.save(path)?;
+    if keep_copy {
+        let copy = session::kit_path(&session.state_dir()?, &volume.name);
         let dir = copy.parent().context("a kit has a directory")?;
         std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
         kit.save(&copy)?;
     }
-    Ok(created)
+    Ok(())
 }
 
 async fn choose_policy(session: &Session, new: &NewVolume) -> anyhow::Result<Policy> {

@@ -4,7 +4,6 @@ use super::layout::{Kind, Layout};
 use super::process::{Process, is_ours};
 use super::up::foreground_pid;
 use anyhow::bail;
-use nix::mount::{MntFlags, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::path::Path;
@@ -79,12 +78,7 @@ async fn end_mount(layout: &Layout, no_push: bool) -> anyhow::Result<()> {
 /// Takes away what a dead mount left in the tree.
 pub(super) fn detach(mount: &Path) {
     if crate::mount::is_mounted(mount) {
-        let _ = umount2(mount, MntFlags::MNT_DETACH);
-    }
-    if crate::mount::is_mounted(mount) {
-        let _ = std::process::Command::new("fusermount3")
-            .arg("-uz")
-            .arg(mount)
-            .status();
+        // Somebody else may have taken it away meanwhile.
+        let _ = crate::umount::detach(mount);
     }
 }

@@ -35,8 +35,12 @@ type Children = Vec<(String, Child)>;
 /// `qsfs dev up`: start, tell, wait for the end, take down.
 pub(super) async fn run(arguments: UpArguments) -> anyhow::Result<()> {
     requirements::check()?;
-    let made_mount = make_mount_point(&arguments.dir)?;
-    let mount = qsfs_fuse_client::fuse::check_mount_point(&arguments.dir)?.path;
+    let dir = arguments
+        .dir
+        .as_deref()
+        .context("name the directory to mount at")?;
+    let made_mount = make_mount_point(dir)?;
+    let mount = qsfs_fuse_client::fuse::check_mount_point(dir)?.path;
     let mut endings = Endings::listen()?;
     let (dir, temporary) = data_directory(&arguments)?;
     let mut layout = open_layout(&dir, &mount, &arguments)?;

@@ -1,0 +1,57 @@
+//! What is written twice is the same in both places.
+
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+fn explained() -> BTreeSet<String> {
+    let said = Command::new(env!("CARGO_BIN_EXE_qsfs"))
+        .arg("explain")
+        .output()
+        .unwrap();
+    let text = String::from_utf8(said.stdout).unwrap();
+    text.lines().map(str::to_owned).collect()
+}
+
+fn repository(path: &str) -> String {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    fs::read_to_string(root.join(path)).unwrap()
+}
+
+/// Quoted or backquoted words in capitals with an underscore.
+fn names(text: &str, quote: char) -> BTreeSet<String> {
+    let is_name = |word: &&str| {
+        word.contains('_')
+            && word
+                .chars()
+                .all(|letter| letter.is_ascii_uppercase() || letter == '_')
+    };
+    text.split(quote)
+        .filter(is_name)
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn every_finding_of_metad_is_explained() {
+    let found = names(&repository("metad/src/node/status/findings.rs"), '"');
+    assert!(found.len() > 5, "{found:?}");
+    let missing: Vec<_> = found.difference(&explained()).cloned().collect();
+    assert!(
+        missing.is_empty(),
+        "`qsfs explain` does not know {missing:?}"
+    );
+}
+
+#[test]
+fn every_explained_finding_is_in_the_operations_manual() {
+    let documented = names(&repository("docs/operations.md"), '`');
+    let missing: Vec<_> = explained().difference(&documented).cloned().collect();
+    assert!(
+        missing.is_empty(),
+        "docs/operations.md does not list {missing:?}"
+    );
+}
