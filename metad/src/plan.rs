@@ -111,6 +111,7 @@ pub fn plan<K: Kv>(
     verdict::plan(index, facts, now_ms, &mut plan);
     if !plan.decisions.is_empty() {
         // Everything else depends on these; the next plan follows as soon as they are applied.
+        plan.waiting_for = rebuild::waiting_for(index, facts, now_ms);
         return Ok(plan);
     }
     rebuild::plan(state, index, facts, now_ms, limits, &mut plan)?;

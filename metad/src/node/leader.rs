@@ -18,6 +18,9 @@ use tokio_util::sync::CancellationToken;
 /// Events that come closer together than this share one plan.
 const COALESCE: Duration = Duration::from_millis(10);
 
+/// Pause after a proposal that failed.
+const RETRY_MS: u64 = 500;
+
 /// Longest sleep without any event.
 const IDLE: Duration = Duration::from_secs(60);
 
@@ -129,7 +132,7 @@ async fn think(consensus: &Consensus, soft: &Arc<Soft>) -> Result<Option<u64>, M
     };
     let planned = planned?;
     tell_agents(soft, &touched);
-    let wake_at_ms = planned.wake_at_ms;
+    let mut wake_at_ms = planned.wake_at_ms;
     let mut proposals = Vec::new();
     soft.with(|term| {
         term.plan = planned;
@@ -146,6 +149,7 @@ async fn think(consensus: &Consensus, soft: &Arc<Soft>) -> Result<Option<u64>, M
                 ?error,
                 "a decision was not accepted; it will be planned again"
             );
+            wake_at_ms = Some(consensus.now_ms() + RETRY_MS);
         }
     }
     Ok(wake_at_ms)

@@ -11,7 +11,7 @@ use qsfs_proto::api::{Intent, RebuildJob, Verdict};
 use qsfs_zstor::id::BackendId;
 use qsfs_zstor::placement::{self, Candidate, Moves, Survival, Unplaceable};
 use qsfs_zstor::policy::Policy;
-use qsfs_zstor::record::EncodingRecord;
+use qsfs_zstor::record::{EncodingRecord, ShardState};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Room left on a backend beyond the shard, so that headers and journals fit.
@@ -129,43 +129,39 @@ fn look<K: Kv>(
 }
 
 /// The shard to make next: first those that are rotten or gone, then those that leave, then moves.
+///
+/// The shards to move and their targets come as sets: which shard goes to which target is free, and some pairs would do harm
+/// on the way where others do none.
 fn pick(
     health: &[ShardHealth],
     stays: &[Option<BackendId>],
     moves: &Result<Moves, Unplaceable>,
     harmless: &Harmless<'_>,
 ) -> Result<(u32, BackendId), String> {
-    let target = |shard: u32| match stays[shard as usize] {
-        // Only rotten: its own backend is the place the policy chose.
-        Some(here) => Some(here),
-        None => {
-            let moves = moves.as_ref().ok()?;
-            let (_, to) = moves.moves.iter().find(|(moved, _)| *moved == shard)?;
-            Some(*to)
-        }
-    };
     let all = 0u32..u32::try_from(health.len()).unwrap_or(0);
-    let mut open: Vec<_> = all
+    let (unreadable, leaving): (Vec<u32>, Vec<u32>) = all
         .filter(|shard| health[*shard as usize].needs_rebuild())
-        .collect();
-    open.sort_by_key(|shard| health[*shard as usize].readable());
-    for shard in &open {
-        if let Some(to) = target(*shard)
-            && (!health[*shard as usize].readable() || harmless.after(*shard, to).is_some())
-        {
-            return Ok((*shard, to));
+        .partition(|shard| !health[*shard as usize].readable());
+    // Only rotten: its own backend is the place the policy chose.
+    for shard in &unreadable {
+        if let Some(here) = stays[*shard as usize] {
+            return Ok((*shard, here));
         }
     }
-    match moves {
-        Err(unplaceable) => Err(unplaceable.missing.clone()),
-        Ok(moves) => match harmless.best(moves) {
-            Some(job) if open.is_empty() => Ok(job),
-            _ if moves.missing.is_empty() => {
-                Err("a backend to which a shard can move without harm".into())
+    let moves = moves.as_ref().map_err(|error| error.missing.clone())?;
+    let moving: Vec<u32> = moves.moves.iter().map(|(shard, _)| *shard).collect();
+    let targets: Vec<BackendId> = moves.moves.iter().map(|(_, to)| *to).collect();
+    harmless
+        .best(&unreadable, &targets, false)
+        .or_else(|| harmless.best(&leaving, &targets, true))
+        .or_else(|| harmless.best(&moving, &targets, true))
+        .ok_or_else(|| {
+            if moves.missing.is_empty() {
+                "a backend to which a shard can move without harm".to_owned()
+            } else {
+                moves.missing.clone()
             }
-            _ => Err(moves.missing.clone()),
-        },
-    }
+        })
 }
 
 /// What a record survives, as far as its policy asks: with all its shards where they are, and with those that are readable.
@@ -189,27 +185,41 @@ impl<'a> Harmless<'a> {
         }
     }
 
-    /// How it stands after the move, if that is no harm.
     fn after(&self, shard: u32, to: BackendId) -> Option<Standing> {
         let mut moved = self.record.clone();
         moved.shards[shard as usize].backend = to;
-        let then = standing(self.index, self.policy, &moved);
-        let no_less = then
-            .iter()
-            .zip(&self.now)
-            .all(|(then, now)| then.0 >= now.0 && then.1 >= now.1);
-        (no_less && placing::survives_one_backend(&moved)).then_some(then)
+        moved.shards[shard as usize].state = ShardState::Stored;
+        placing::survives_one_backend(&moved).then(|| standing(self.index, self.policy, &moved))
     }
 
-    /// The move after which it stands best; the first of equals, so that equal plans are equal.
-    fn best(&self, moves: &Moves) -> Option<(u32, BackendId)> {
-        let harmless = moves
-            .moves
-            .iter()
-            .filter_map(|(shard, to)| Some((self.after(*shard, *to)?, (*shard, *to))));
-        harmless
-            .max_by(|a, b| a.0.cmp(&b.0).then(b.1.0.cmp(&a.1.0)))
-            .map(|(_, job)| job)
+    /// The pair after which the record stands best; the first of equals, so that equal plans are equal. `strict`: only if it
+    /// survives no less than before, which is so of itself for a shard that cannot be read.
+    fn best(
+        &self,
+        shards: &[u32],
+        targets: &[BackendId],
+        strict: bool,
+    ) -> Option<(u32, BackendId)> {
+        let mut best: Option<(Standing, (u32, BackendId))> = None;
+        for shard in shards {
+            for to in targets {
+                if self.record.shards[*shard as usize].backend == *to {
+                    continue;
+                }
+                let Some(then) = self.after(*shard, *to) else {
+                    continue;
+                };
+                let no_less = then
+                    .iter()
+                    .zip(&self.now)
+                    .all(|(then, now)| then.0 >= now.0 && then.1 >= now.1);
+                let better = best.as_ref().is_none_or(|(found, _)| then > *found);
+                if better && (no_less || !strict) {
+                    best = Some((then, (*shard, *to)));
+                }
+            }
+        }
+        best.map(|(_, job)| job)
     }
 }
 
@@ -295,7 +305,7 @@ fn being_deleted<K: Kv>(
 }
 
 /// What re-silver waits for, in words.
-fn waiting_for(index: &Index, facts: &Facts, now_ms: u64) -> Option<String> {
+pub(super) fn waiting_for(index: &Index, facts: &Facts, now_ms: u64) -> Option<String> {
     let down: Vec<_> = index
         .backends()
         .filter(|b| b.verdict == Verdict::Down && b.intent != Intent::Retire)
