@@ -13,13 +13,12 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
     /// metad refused or could not be asked.
-    #[error("{step}: {source}")]
+    #[error("{step}: {reason}")]
     Metad {
         /// Verb phrase.
         step: &'static str,
         /// Why.
-        #[source]
-        source: MetadError,
+        reason: MetadError,
     },
     /// The kit cannot be used.
     #[error(transparent)]
@@ -80,13 +79,12 @@ pub enum MountError {
     #[error("namespace: {0}")]
     Namespace(#[from] NamespaceError),
     /// The meta stream cannot be read back.
-    #[error("recover datafile {datafile}: {source}")]
+    #[error("recover datafile {datafile}: {reason}")]
     Fetch {
         /// Which.
         datafile: u64,
         /// Why.
-        #[source]
-        source: FetchError,
+        reason: FetchError,
     },
     /// The meta stream makes no sense.
     #[error("recover the namespace from datafile {datafile}: {reason}")]
@@ -118,16 +116,16 @@ pub enum MountError {
 impl MountError {
     /// Wraps a refusal.
     pub fn metad(step: &'static str) -> impl FnOnce(MetadError) -> Self {
-        move |source| Self::Metad { step, source }
+        move |reason| Self::Metad { step, reason }
     }
 
     /// The exit code of product.md.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Metad { source, .. } => metad_exit_code(source),
+            Self::Metad { reason, .. } => metad_exit_code(reason),
             Self::WrongKey { .. } => 12,
             Self::Settle(SettleError::Fenced(_)) | Self::Store(StoreError::Fenced(_)) => 11,
-            Self::Fetch { source, .. } => match source {
+            Self::Fetch { reason, .. } => match reason {
                 FetchError::TooFewShards(..) | FetchError::Deadline => 14,
                 FetchError::Metad(error) => metad_exit_code(error),
                 FetchError::Header(_) | FetchError::Chunk(_) => 12,

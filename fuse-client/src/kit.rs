@@ -29,15 +29,14 @@ const CHECKSUM: &str = "# checksum ";
 #[derive(Debug, thiserror::Error)]
 pub enum KitError {
     /// The operating system refused.
-    #[error("{step} recovery kit {}: {source}", path.display())]
+    #[error("{step} recovery kit {}: {reason}", path.display())]
     Io {
         /// Verb.
         step: &'static str,
         /// Which.
         path: PathBuf,
         /// Why.
-        #[source]
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// Not a kit, or a damaged one.
     #[error("recovery kit {}: {reason}", path.display())]
@@ -48,13 +47,12 @@ pub enum KitError {
         reason: String,
     },
     /// Its identity cannot be used.
-    #[error("recovery kit {}: identity: {source}", path.display())]
+    #[error("recovery kit {}: identity: {reason}", path.display())]
     Identity {
         /// Which.
         path: PathBuf,
         /// Why.
-        #[source]
-        source: IdentityError,
+        reason: IdentityError,
     },
     /// It is of another volume.
     #[error("recovery kit is of volume {found}, not of {wanted}")]
@@ -176,9 +174,9 @@ impl RecoveryKit {
         file.key.0.zeroize();
         let key = key.ok_or_else(|| malformed("the key is not 64 hexadecimal digits"))?;
         let id = |error: qsfs_zstor::id::IdError| malformed(&error.to_string());
-        let identity = Identity::from_pem(file.identity).map_err(|source| KitError::Identity {
+        let identity = Identity::from_pem(file.identity).map_err(|reason| KitError::Identity {
             path: path.to_owned(),
-            source,
+            reason,
         })?;
         let kit = Self {
             volume: file.volume,
@@ -200,10 +198,10 @@ impl RecoveryKit {
 
     /// Reads a file.
     pub fn load(path: &Path) -> Result<Self, KitError> {
-        let io = |source| KitError::Io {
+        let io = |reason| KitError::Io {
             step: "read",
             path: path.to_owned(),
-            source,
+            reason,
         };
         let file = std::fs::File::open(path).map_err(io)?;
         let mut text = Zeroizing::new(String::new());
@@ -215,10 +213,10 @@ impl RecoveryKit {
     /// Writes a file that only the owner can read, durably. An existing one is replaced as a whole.
     pub fn save(&self, path: &Path) -> Result<(), KitError> {
         let io = |step| {
-            move |source| KitError::Io {
+            move |reason| KitError::Io {
                 step,
                 path: path.to_owned(),
-                source,
+                reason,
             }
         };
         let mut fresh = path.as_os_str().to_owned();

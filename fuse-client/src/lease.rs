@@ -16,6 +16,8 @@ use tokio_util::sync::CancellationToken;
 pub const ACQUIRE_DEADLINE: Duration = Duration::from_secs(30);
 /// Deadline of releasing: a mount must not hang at its end.
 pub const RELEASE_DEADLINE: Duration = Duration::from_secs(5);
+/// Deadline of a report out of turn.
+const TELL_DEADLINE: Duration = Duration::from_secs(2);
 /// Shortest time between renewals.
 const RENEW_MIN: Duration = Duration::from_millis(200);
 
@@ -64,10 +66,10 @@ pub async fn acquire(
         .await
         .map_err(MountError::metad("acquire the volume's lease"))?;
     let Applied::Epoch(epoch) = applied else {
-        let source = MetadError::Invalid(format!("the answer to a lease request is {applied:?}"));
+        let reason = MetadError::Invalid(format!("the answer to a lease request is {applied:?}"));
         return Err(MountError::Metad {
             step: "acquire the volume's lease",
-            source,
+            reason,
         });
     };
     Ok(Lease {
@@ -114,6 +116,19 @@ pub async fn keep(
             () = cancelled.cancelled() => return,
             () = tokio::time::sleep(period) => {}
         }
+    }
+}
+
+/// Tells metad the newest report now, so that `status` right after a sync says what the sync achieved.
+pub async fn tell(cluster: &dyn Cluster, lease: Lease, report: ClientReport) {
+    let (volume, epoch) = (lease.volume, lease.epoch);
+    let mutation = Mutation::RenewLease {
+        volume,
+        epoch,
+        report,
+    };
+    if let Err(error) = cluster.mutate(mutation, TELL_DEADLINE).await {
+        tracing::debug!(%error, "the report is told with the next renewal");
     }
 }
 

@@ -12,7 +12,6 @@
 use crate::error::MountError;
 use crate::fetch::{FetchError, Fetcher};
 use crate::namespace::{Namespace, NamespaceError};
-use crate::ports::StoreError;
 use crate::store::append::{
     KIND_CHECKPOINT_BEGIN, KIND_CHECKPOINT_END, KIND_CHECKPOINT_ROWS, KIND_RECORD, meta_header,
 };
@@ -225,9 +224,9 @@ pub async fn fetch_meta(
 ) -> Result<(), MountError> {
     let id = record.datafile;
     let plain_bytes = record.plain_bytes;
-    let failed = |source| MountError::Fetch {
+    let failed = |reason| MountError::Fetch {
         datafile: id.0,
-        source,
+        reason,
     };
     fetcher
         .load_object_of(record)
@@ -262,10 +261,7 @@ pub async fn fetch_meta(
             .unwrap_or(u32::MAX)
             .min(FETCH_BYTES);
         let read = fetcher.read(id, at, bytes).await;
-        let data = read.map_err(|error| match error {
-            StoreError::Unavailable { .. } => MountError::Store(error),
-            other => MountError::Store(other),
-        })?;
+        let data = read?;
         file.write_all_at(&data, at).map_err(io("write"))?;
         at += data.len() as u64;
     }

@@ -120,7 +120,9 @@ pub async fn run(
             reason: error.to_string(),
         })?;
     let dir = StateDir::new(state_dir);
-    let _held = lock(&dir)?;
+    let locking = dir.clone();
+    let held = tokio::task::spawn_blocking(move || lock(&locking)).await;
+    let _held = held.map_err(|error| MountError::Task(error.to_string()))??;
     let parts = prepare(&options, &dir).await?;
     let session = tokio::select! {
         session = Session::begin(parts) => Arc::new(session?),
@@ -215,8 +217,8 @@ async fn prepare(options: &MountOptions, dir: &StateDir) -> Result<SessionParts,
 fn load_kit(options: &MountOptions, dir: &StateDir) -> Result<RecoveryKit, MountError> {
     let path = options.kit.clone().unwrap_or_else(|| dir.kit());
     match RecoveryKit::load(&path) {
-        Err(KitError::Io { source, .. })
-            if options.kit.is_none() && source.kind() == std::io::ErrorKind::NotFound =>
+        Err(KitError::Io { reason, .. })
+            if options.kit.is_none() && reason.kind() == std::io::ErrorKind::NotFound =>
         {
             Err(MountError::NoKey {
                 volume: options.volume.to_string(),

@@ -357,6 +357,10 @@ impl Session {
                 Err(error) => return Err(error.into()),
             }
         }
+        if let Some(lease) = self.lease {
+            let report = self.observer.client_report();
+            lease::tell(self.context.cluster.as_ref(), lease, report).await;
+        }
         let status = pusher.status();
         let below = below_policy(&self.context, &status.below_policy).await;
         let below = match below {

@@ -9,6 +9,12 @@ use std::fs::{DirBuilder, File};
 use std::io::Write;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// A killed mount may need a moment to vanish: its lock is waited for so long.
+const LOCK_WAIT: Duration = Duration::from_secs(3);
+/// Time between looks at the lock. There is no event for it that has a deadline.
+const LOCK_LOOK: Duration = Duration::from_millis(50);
 
 /// `client.toml`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -136,7 +142,7 @@ pub struct StateLock {
     _lock: Flock<File>,
 }
 
-/// Makes the directory if needed (0700) and locks it.
+/// Makes the directory if needed (0700) and locks it. Blocking.
 pub fn lock(dir: &StateDir) -> Result<StateLock, MountError> {
     let root = dir.root();
     DirBuilder::new()
@@ -151,10 +157,20 @@ pub fn lock(dir: &StateDir) -> Result<StateLock, MountError> {
         .write(true)
         .open(&path);
     let file = file.map_err(|error| io("open", &path, &error))?;
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(StateLock { _lock: lock }),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(MountError::StateDirBusy(root.to_owned())),
-        Err((_, errno)) => Err(io("lock", &path, &errno.into())),
+    let deadline = Instant::now() + LOCK_WAIT;
+    let mut file = file;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(StateLock { _lock: lock }),
+            Err((same, nix::errno::Errno::EWOULDBLOCK)) if Instant::now() < deadline => {
+                file = same;
+                std::thread::sleep(LOCK_LOOK);
+            }
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+                return Err(MountError::StateDirBusy(root.to_owned()));
+            }
+            Err((_, errno)) => return Err(io("lock", &path, &errno.into())),
+        }
     }
 }
 

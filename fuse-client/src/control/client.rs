@@ -15,13 +15,12 @@ pub enum ControlError {
     #[error("{} is not inside a mounted QSFS volume", .0.display())]
     NotMounted(PathBuf),
     /// The socket does not answer.
-    #[error("the mount does not answer on {}: {source}", path.display())]
+    #[error("the mount does not answer on {}: {reason}", path.display())]
     Unreachable {
         /// Socket.
         path: PathBuf,
         /// Why.
-        #[source]
-        source: std::io::Error,
+        reason: std::io::Error,
     },
     /// The answer makes no sense.
     #[error("the mount answered something this program does not understand: {0}")]
@@ -119,9 +118,9 @@ impl Client {
         request: &Request,
         mut progress: impl FnMut(Progress),
     ) -> Result<Answer, ControlError> {
-        let unreachable = |source| ControlError::Unreachable {
+        let unreachable = |reason| ControlError::Unreachable {
             path: self.socket.clone(),
-            source,
+            reason,
         };
         let (_dir, short) = short_path(&self.socket).map_err(unreachable)?;
         let mut stream = UnixStream::connect(&short).await.map_err(unreachable)?;

@@ -110,10 +110,8 @@ impl Observer {
 
     pub(super) fn client_report(&self) -> ClientReport {
         let Some(Attached { store, .. }) = self.attached.get() else {
-            return ClientReport {
-                push_blocked: "the volume is being recovered".to_owned(),
-                ..ClientReport::default()
-            };
+            // Being recovered: nothing is known yet, and nothing is wrong.
+            return ClientReport::default();
         };
         let risk = store.at_risk();
         let now = std::time::SystemTime::now()
