@@ -397,7 +397,7 @@ async fn a_failed_backend_is_down_at_once_lost_later_and_its_shards_are_rebuilt(
     let cluster = start().await;
     let client = cluster.client.clone();
     let tokens = cluster.tokens.clone();
-    let mut agents = vec![
+    let mut agents = [
         fake_agent(&cluster, &tokens[0], "loc1").await,
         fake_agent(&cluster, &tokens[1], "loc2").await,
     ];

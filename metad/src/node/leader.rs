@@ -67,6 +67,10 @@ pub(crate) async fn run(consensus: Consensus, soft: Arc<Soft>, stop: Cancellatio
 
 async fn begin(consensus: &Consensus) -> Result<Term, MachineError> {
     let machine = consensus.machine().clone();
+    #[expect(
+        clippy::redundant_closure,
+        reason = "the bare function is not general enough over the lifetime of the view"
+    )]
     let built = tokio::task::spawn_blocking(move || machine.read_afresh(|s| Index::build(s)));
     let index = built
         .await

@@ -106,6 +106,10 @@ fn leader_view(term: &mut Term, now_ms: u64) -> LeaderView {
 /// A node that does not lead has no facts; it counts from the records.
 async fn follower_view(consensus: &Consensus) -> Result<LeaderView, KvError> {
     let machine = consensus.machine().clone();
+    #[expect(
+        clippy::redundant_closure,
+        reason = "the bare function is not general enough over the lifetime of the view"
+    )]
     let built = tokio::task::spawn_blocking(move || machine.read(|state| Index::build(state)));
     let index = match built.await {
         Ok(index) => index?,

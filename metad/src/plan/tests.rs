@@ -12,7 +12,7 @@ use crate::state::{State, Touched, apply};
 use proptest::prelude::*;
 use qsfs_proto::api::{BackendFacts, ClusterSettings, Intent, Mutation, ShardReport, Verdict};
 use qsfs_zstor::id::{AgentId, BackendId, DatafileId, Epoch, Stream};
-use qsfs_zstor::record::{EncodingRecord, ShardState};
+use qsfs_zstor::record::{EncodingRecord, Shard, ShardState};
 use std::collections::BTreeSet;
 
 /// Two locations of two nodes of two backends: ids 1 to 4 are those of [`Twin::new`], 5 to 8 the second nodes.
@@ -453,7 +453,12 @@ impl World {
                 intent: Intent::Drain,
             }),
             Event::Rot(file, shard) => {
-                if *file <= *files {
+                // More rot than there is parity is beyond any planner.
+                let bad = |record: &EncodingRecord| {
+                    let rotten = |s: &&Shard| s.state != ShardState::Stored;
+                    record.shards.iter().filter(rotten).count()
+                };
+                if *file <= *files && bad(&self.get(*file)) < policy().geometry.parity() {
                     let backend = self.get(*file).shards[*shard as usize].backend;
                     self.mutate(Mutation::ReportShards {
                         reports: vec![ShardReport {

@@ -112,11 +112,13 @@ fn concerns(backend: &Backend, load: &BackendLoad, below_policy: bool) -> bool {
     backend.verdict == Verdict::Down || load.shards > 0 || below_policy
 }
 
+/// Backends by node.
+type Nodes<'a> = BTreeMap<&'a str, Vec<&'a (Backend, BackendLoad)>>;
+
 /// The largest thing that is silent is told, not its parts.
 fn silence(picture: &Picture<'_>, found: &mut Vec<Finding>) {
     let below_policy = picture.volumes.iter().any(|v| v.status.below_policy > 0);
-    let mut locations: BTreeMap<&str, BTreeMap<&str, Vec<&(Backend, BackendLoad)>>> =
-        BTreeMap::new();
+    let mut locations: BTreeMap<&str, Nodes<'_>> = BTreeMap::new();
     for entry in picture.backends {
         if entry.0.intent != Intent::Retire {
             let nodes = locations.entry(entry.0.location.as_str()).or_default();
