@@ -252,6 +252,10 @@ impl LocalStore {
         };
         match outcome {
             Ok(sealed) => {
+                // The event first: whoever waits for the seal must find the file in the push queue.
+                if let Some(file) = &sealed {
+                    let _ = self.events.send(StoreEvent::Sealed(Arc::clone(file)));
+                }
                 let mut state = self.keeper.state.lock();
                 state.queue.pop_front();
                 state.sealed += 1;
@@ -260,9 +264,6 @@ impl LocalStore {
                 }
                 drop(state);
                 self.keeper.progress.notify_all();
-                if let Some(file) = sealed {
-                    let _ = self.events.send(StoreEvent::Sealed(file));
-                }
             }
             Err(StoreError::NoSpace(why)) => {
                 tracing::warn!(%why, "a datafile cannot be sealed yet");

@@ -272,3 +272,26 @@ fn a_fenced_store_takes_no_writes() {
     ));
     store.stop();
 }
+
+/// Found by a follower that missed a file: a sync came back before the seal it had waited for was told to the push queue,
+/// and so waited for nothing.
+#[test]
+fn whoever_waits_for_a_seal_finds_it_told() {
+    for _ in 0..200 {
+        let Opened {
+            store, mut events, ..
+        } = open_on(&SimMedia::new()).unwrap();
+        let extents = store.append_data(&[1; 10]).unwrap();
+        store.append_journal(&record(0, &extents)).unwrap();
+        store.rotate();
+        assert!(
+            store
+                .wait_sealed(Instant::now() + Duration::from_secs(20))
+                .unwrap()
+        );
+        for _ in 0..2 {
+            assert!(matches!(events.try_recv(), Ok(StoreEvent::Sealed(_))));
+        }
+        store.stop();
+    }
+}
