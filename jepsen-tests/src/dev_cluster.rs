@@ -251,16 +251,21 @@ impl DevCluster {
             .ok_or_else(|| "status names no volume dev".to_owned())
     }
 
-    /// Waits until the status is `ok`, nothing is below policy and nothing is pending.
+    /// Waits until the status has no finding, nothing is below policy or pending, and every backend is up (or lost for good).
     pub fn wait_healed(&self, patience: Duration) -> Status {
         wait_within(patience, "the cluster to heal by itself", || {
             let status = self.status()?;
+            let settled = |state: &str| ["up", "lost", "retired"].contains(&state);
             let healed = status.findings.is_empty()
                 && status.resilver.pending_shards == 0
                 && status
+                    .backends
+                    .iter()
+                    .all(|backend| settled(&backend.state))
+                && status
                     .volumes
                     .iter()
-                    .all(|v| v.below_policy == 0 && v.unreadable == 0);
+                    .all(|volume| volume.below_policy == 0 && volume.unreadable == 0);
             if healed {
                 Ok(status)
             } else {

@@ -11,8 +11,9 @@ use qsfs_fuse_client::error::MountError;
 use qsfs_fuse_client::fuse::check_mount_point;
 use qsfs_fuse_client::kit::RecoveryKit;
 use qsfs_fuse_client::run::{MountOptions, run as serve};
+use qsfs_proto::api::MetadError;
 use qsfs_proto::context::{Context, ContextError};
-use qsfs_zstor::id::VolumeName;
+use qsfs_zstor::id::{ClientId, VolumeName};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -121,6 +122,7 @@ fn kept_kit(context: &Context, arguments: &MountArguments) -> Option<PathBuf> {
 
 async fn foreground(arguments: MountArguments, cluster: Option<&Path>) -> anyhow::Result<()> {
     let options = options(&arguments, cluster)?;
+    refuse_unknown(&options).await?;
     let said = format!(
         "{} is mounted at {}",
         arguments.volume,
@@ -140,6 +142,19 @@ async fn foreground(arguments: MountArguments, cluster: Option<&Path>) -> anyhow
     let ended = serve(options, ready, signals::shutdown()?).await;
     let _ = teller.await;
     ended.map_err(failure)
+}
+
+/// A mistyped name is told as such, not as a missing key.
+async fn refuse_unknown(options: &MountOptions) -> anyhow::Result<()> {
+    let Some(context) = &options.context else {
+        return Ok(());
+    };
+    let client = context.client(ClientId::random(&mut rand::rng()))?;
+    match client.volume(&options.volume).await {
+        Err(error @ MetadError::NoSuchVolume(_)) => Err(error.into()),
+        // Whatever else is wrong, the mount itself says it better.
+        _ => Ok(()),
+    }
 }
 
 fn failure(error: MountError) -> anyhow::Error {

@@ -9,7 +9,7 @@ use crate::signals::Endings;
 use crate::table::print;
 use crate::volume::{self, NewVolume};
 use anyhow::{Context as _, bail};
-use qsfs_proto::api::{Role, Verdict, VolumeSettings};
+use qsfs_proto::api::{Backend, Role, Verdict, VolumeSettings};
 use qsfs_proto::context::Context;
 use std::future::Future;
 use std::path::{Path, PathBuf};
@@ -220,10 +220,12 @@ async fn wait_backends(
     let wanted: u32 = layout.members().iter().map(|member| member.backends).sum();
     until(layout, children, "all backends to be up", || async {
         let backends = session.client().backends().await?;
-        let up = backends
-            .iter()
-            .filter(|backend| backend.verdict == Verdict::Up);
-        Ok((up.count() >= wanted as usize).then_some(()))
+        // One that was lost for good is not waited for.
+        let settled = |backend: &Backend| {
+            backend.verdict != Verdict::Suspect && backend.verdict != Verdict::Down
+        };
+        let settled = backends.iter().filter(|backend| settled(backend));
+        Ok((settled.count() >= wanted as usize).then_some(()))
     })
     .await
 }
