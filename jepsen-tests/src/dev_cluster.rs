@@ -212,6 +212,14 @@ impl DevCluster {
         self.on_mount(&["sync"], &[]).ok();
     }
 
+    /// `qsfs sync MOUNT` again and again until it succeeds: what came back a moment ago may not take shards yet.
+    pub fn sync_in_full(&self) {
+        wait_for("a sync at full policy", || {
+            let said = self.on_mount(&["sync"], &[]);
+            holds(said.code == 0, said.stderr)
+        });
+    }
+
     /// `qsfs sync MOUNT --allow-degraded`, which must succeed.
     pub fn sync_degraded(&self) {
         self.on_mount(&["sync"], &["--allow-degraded"]).ok();

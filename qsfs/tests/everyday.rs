@@ -348,7 +348,7 @@ fn leader_dies(cluster: &DevCluster) {
     assert_eq!(cluster.qsfs(&["health"]).code, 1);
     cluster.start_again(&[&leader]);
     cluster.wait_healed(Duration::from_secs(60));
-    cluster.sync();
+    cluster.sync_in_full();
     cluster.evict();
     all_there(&written);
 }
@@ -360,7 +360,7 @@ fn agent_dies(cluster: &DevCluster) {
     });
     cluster.start_again(&["agent-loc1-2"]);
     cluster.wait_healed(Duration::from_secs(90));
-    cluster.sync();
+    cluster.sync_in_full();
     cluster.evict();
     all_there(&written);
 }

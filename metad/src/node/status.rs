@@ -237,7 +237,12 @@ fn volume_picture(
             loss_budget: health.budget().unwrap_or(untouched),
         },
         push_interval_ms: volume.settings.push_interval_ms,
-        push_blocked: said.push_blocked,
+        // Who has unmounted is not blocked any more, whatever was said last.
+        push_blocked: if writes {
+            said.push_blocked
+        } else {
+            String::new()
+        },
         silent_writer_s: (writes && !fresh && (listening || age_ms.is_some()))
             .then(|| age_ms.map(|age_ms| age_ms / 1_000)),
     }
