@@ -25,8 +25,8 @@ const TREE: TreeOptions = TreeOptions {
     large_bytes: 12 << 20,
 };
 
-/// Operations before the mount is killed at the latest.
-const CRASH_OPERATIONS: usize = 3_000;
+/// Operations after which the mount is killed.
+const CRASH_AFTER: usize = 1_500;
 
 #[test]
 fn a_volume_lives_through_its_accidents() {
@@ -373,11 +373,16 @@ fn mount_dies(cluster: &DevCluster) {
     let mut rng = StdRng::seed_from_u64(7);
     let (mut history, mut model) = (History::default(), Model::default());
     let pid = cluster.pid("mount").unwrap();
+    let (enough, now) = std::sync::mpsc::channel();
+    // Kills while the workload goes on, so that something is always under way.
     let killer = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(1_500));
+        now.recv().unwrap();
         process::signal(pid, Signal::SIGKILL);
     });
-    for number in 0..CRASH_OPERATIONS {
+    for number in 0.. {
+        if number == CRASH_AFTER {
+            enough.send(()).unwrap();
+        }
         let operation = model.propose(&mut rng);
         model.apply(&operation);
         history.operations.push(operation.clone());
