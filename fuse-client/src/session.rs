@@ -457,8 +457,17 @@ impl Session {
         if let Some(task) = task {
             let _ = task.await;
         }
-        self.local().stop();
-        let _ = self.filesystem.namespace().flush();
+        let (local, filesystem) = (Arc::clone(self.local()), Arc::clone(&self.filesystem));
+        let stopped = tokio::task::spawn_blocking(move || {
+            local.stop();
+            filesystem.namespace().flush()
+        });
+        match stopped.await {
+            Ok(Ok(())) => {}
+            // The journal has it all: the next mount replays it.
+            Ok(Err(error)) => tracing::warn!(%error, "the namespace could not be flushed"),
+            Err(error) => tracing::warn!(%error, "the local store could not be stopped"),
+        }
     }
 
     fn set_aside(&self, epoch: Epoch) {

@@ -32,6 +32,9 @@ pub(super) struct Observer {
     /// Released, and not yet said so in the journal.
     released: Mutex<Vec<DatafileId>>,
     checkpointing: AtomicBool,
+    /// Set before anything is stopped, so that what is attached meanwhile is stopped too.
+    outrun_by: Mutex<Option<Epoch>>,
+    /// Told after everything is stopped.
     fenced: watch::Sender<Option<Epoch>>,
     own: Weak<Self>,
 }
@@ -46,6 +49,7 @@ impl Observer {
             committed: Mutex::default(),
             released: Mutex::default(),
             checkpointing: AtomicBool::new(false),
+            outrun_by: Mutex::new(None),
             fenced: watch::channel(None).0,
             own: Weak::clone(own),
         })
@@ -80,14 +84,15 @@ impl Observer {
         {
             tracing::warn!("a session is put together twice");
         }
-        if let Some(epoch) = *self.fenced.borrow() {
+        let outrun_by = *self.outrun_by.lock();
+        if let Some(epoch) = outrun_by {
             PushObserver::fenced(self, epoch);
         }
     }
 
     pub(super) fn attach_filesystem(&self, filesystem: &Arc<FileSystem>) {
         let _ = self.filesystem.set(Arc::clone(filesystem));
-        if self.fenced.borrow().is_some() {
+        if self.outrun_by.lock().is_some() {
             filesystem.fence();
         }
     }
@@ -264,7 +269,7 @@ impl PushObserver for Observer {
     }
 
     fn fenced(&self, epoch: Epoch) {
-        self.fenced.send_replace(Some(epoch));
+        *self.outrun_by.lock() = Some(epoch);
         if let Some(Attached { store, .. }) = self.attached.get() {
             store.fence(epoch);
             let risk = store.at_risk();
@@ -276,5 +281,6 @@ impl PushObserver for Observer {
         if let Some(filesystem) = self.filesystem.get() {
             filesystem.fence();
         }
+        self.fenced.send_replace(Some(epoch));
     }
 }

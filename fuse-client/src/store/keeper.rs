@@ -12,6 +12,7 @@ use qsfs_zstor::id::{DatafileId, Stream};
 use std::collections::VecDeque;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Wait after a full disk kept a datafile from being sealed.
@@ -53,6 +54,7 @@ pub(super) struct Keeper {
     state: Mutex<State>,
     changed: Condvar,
     progress: Condvar,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Keeper {
@@ -85,10 +87,17 @@ impl Keeper {
         self.wake();
     }
 
+    /// Ends the thread and waits for what it is doing right now. What is still in the queue stays `.open`.
     pub(super) fn stop(&self) {
         self.state.lock().stop = true;
         self.changed.notify_all();
         self.progress.notify_all();
+        let thread = self.thread.lock().take();
+        // The thread itself may be the last to hold the store.
+        let other = thread.filter(|thread| thread.thread().id() != std::thread::current().id());
+        if other.is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the keeper of the local store panicked");
+        }
     }
 
     pub(super) fn journals_at_risk(&self) -> Vec<(u64, u64)> {
@@ -178,8 +187,9 @@ pub(super) fn start(store: &Arc<LocalStore>) {
     let spawned = std::thread::Builder::new()
         .name("store-keeper".to_owned())
         .spawn(move || run(&weak));
-    if let Err(error) = spawned {
-        store.fail(&io_error("start the keeper of", store.dir.root(), error));
+    match spawned {
+        Ok(thread) => *store.keeper.thread.lock() = Some(thread),
+        Err(error) => store.fail(&io_error("start the keeper of", store.dir.root(), error)),
     }
 }
 
