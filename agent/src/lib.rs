@@ -30,6 +30,7 @@ mod hosted;
 pub mod jobs;
 mod join;
 mod local;
+mod members;
 mod metad;
 mod noticer;
 pub mod options;

@@ -16,6 +16,7 @@ use crate::director::Director;
 use crate::hosted::{self, HostedProbe, HostedStore};
 use crate::jobs::Limits;
 use crate::local::LocalBackend;
+use crate::members::MembersWatch;
 use crate::noticer::Noticer;
 use crate::rebuild::Rebuilder;
 use crate::session::SessionTask;
@@ -48,7 +49,7 @@ const SESSION_QUEUE: usize = 256;
 
 /// Serves until `shutdown`; returns earlier only when the backends cannot be served.
 pub async fn serve(options: ServeOptions, shutdown: CancellationToken) -> Result<(), AgentError> {
-    let data = DataDir::open(&options.data)?;
+    let data = Arc::new(DataDir::open(&options.data)?);
     let config = data
         .load()?
         .ok_or_else(|| AgentError::NotJoined(options.data.clone()))?;
@@ -97,12 +98,19 @@ pub async fn serve(options: ServeOptions, shutdown: CancellationToken) -> Result
     work(
         &mut tasks,
         agent,
-        Arc::new(client),
+        Arc::new(client.clone()),
         &backends,
         stores,
         data.path(),
         &stop,
     );
+    let watch = MembersWatch {
+        client,
+        config: config.clone(),
+        data: Arc::clone(&data),
+        shutdown: stop.clone(),
+    };
+    tasks.spawn(watch.run());
     tracing::info!(%agent, location = %config.location, node = %config.node, listen = %config.listen, backends = backends.len(), "agent serves");
     let served = qsfs_zdb::server::serve(listener, Arc::clone(&engine), server, stop.clone()).await;
     stop.cancel();

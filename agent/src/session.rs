@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 /// First wait after a lost session.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// Longest wait.
-const BACKOFF_MAX: Duration = Duration::from_secs(5);
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// A heartbeat more often than this helps nobody.
 const HEARTBEAT_MIN: Duration = Duration::from_millis(50);
 /// A report that the stream does not take for so long: the stream is dead.

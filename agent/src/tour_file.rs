@@ -34,8 +34,10 @@ impl TourFile {
 
     /// What was saved, or the beginning.
     pub(crate) fn load(&self) -> (Cursor, Orphans) {
-        let cursor = read(&self.cursor)
-            .and_then(|text| toml::from_str(&text).map_err(|error| error.to_string()));
+        let cursor = read(&self.cursor).and_then(|text| match text.as_str() {
+            "" => Ok(Cursor::default()),
+            text => toml::from_str(text).map_err(|error| error.to_string()),
+        });
         let orphans = read(&self.orphans).and_then(|text| parse(&text));
         (kept(&self.cursor, cursor), kept(&self.orphans, orphans))
     }

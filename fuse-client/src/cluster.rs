@@ -78,6 +78,8 @@ impl Cluster for MetadClient {
     }
 
     async fn backends(&self) -> Result<Vec<Backend>, MetadError> {
+        // Asked now and then: the time to learn of metad nodes that joined after we began. Not to know them yet is no error.
+        let _ = self.members().await;
         Self::backends(self).await
     }
 

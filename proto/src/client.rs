@@ -358,10 +358,15 @@ impl MetadClient {
         }
     }
 
-    /// metad nodes.
+    /// metad nodes. This client knows their addresses from then on: who asks now and then finds the cluster also when the
+    /// nodes it began with are gone.
     pub async fn members(&self) -> Result<Vec<Member>, MetadError> {
         match self.ask(Query::Members).await? {
-            Answer::Members(members) => Ok(members),
+            Answer::Members(members) => {
+                let addresses = members.iter().map(|member| member.address.as_str());
+                self.shared.nodes.learn_members(addresses);
+                Ok(members)
+            }
             _ => Err(mismatch()),
         }
     }

@@ -101,13 +101,18 @@ impl Context {
     /// `explicit`, else `$QSFS_CLUSTER`, else `~/.config/qsfs/cluster.toml`, else `/etc/qsfs/cluster.toml`; the first two
     /// must exist when they are given.
     pub fn find(explicit: Option<&Path>) -> Result<Self, ContextError> {
-        Self::load(&find_path(
+        Self::load(&Self::locate(explicit)?)
+    }
+
+    /// The file that [`Self::find`] reads.
+    pub fn locate(explicit: Option<&Path>) -> Result<PathBuf, ContextError> {
+        find_path(
             explicit,
             env::var_os(CONTEXT_VARIABLE).map(PathBuf::from),
             env::var_os("XDG_CONFIG_HOME").map(PathBuf::from),
             env::var_os("HOME").map(PathBuf::from),
             Path::is_file,
-        )?)
+        )
     }
 
     /// Reads one file.

@@ -211,7 +211,7 @@ async fn bootstrap(
 }
 
 async fn members(session: &Session, json: bool) -> anyhow::Result<()> {
-    let members = session.client().members().await?;
+    let members = session.members().await?;
     if json {
         return print_json("members", &members);
     }

@@ -1,7 +1,7 @@
 //! The way from a command to metad: the context file, and a client with an identity of its own.
 
 use anyhow::Context as _;
-use qsfs_proto::api::{Mutation, Volume};
+use qsfs_proto::api::{Member, Mutation, Volume};
 use qsfs_proto::client::MetadClient;
 use qsfs_proto::context::Context;
 use qsfs_zstor::id::{ClientId, VolumeName};
@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// An opened context.
 pub(crate) struct Session {
+    path: PathBuf,
     context: Context,
     client: MetadClient,
 }
@@ -16,10 +17,15 @@ pub(crate) struct Session {
 impl Session {
     /// Finds and opens the context (`--cluster`, `$QSFS_CLUSTER`, home, `/etc`).
     pub(crate) fn open(cluster: Option<&Path>) -> anyhow::Result<Self> {
-        let context = Context::find(cluster)?;
+        let path = Context::locate(cluster)?;
+        let context = Context::load(&path)?;
         // Requests of one run need an identity to be applied exactly once; nothing outlives the run.
         let client = context.client(ClientId::random(&mut rand::rng()))?;
-        Ok(Self { context, client })
+        Ok(Self {
+            path,
+            context,
+            client,
+        })
     }
 
     /// The context.
@@ -30,6 +36,25 @@ impl Session {
     /// The client.
     pub(crate) fn client(&self) -> &MetadClient {
         &self.client
+    }
+
+    /// The metad nodes. Their addresses are kept in the cluster file, so that it is good as long as any of them is.
+    pub(crate) async fn members(&self) -> anyhow::Result<Vec<Member>> {
+        let members = self.client.members().await?;
+        let mut endpoints: Vec<String> = members
+            .iter()
+            .map(|member| member.address.clone())
+            .collect();
+        endpoints.sort_unstable();
+        if endpoints != self.context.endpoints() {
+            let state_dir = self.context.state_dir().map(Path::to_owned);
+            let identity = self.context.identity().clone();
+            // A file that only root may write is as good as before.
+            if let Err(error) = Context::new(endpoints, identity, state_dir).save(&self.path) {
+                tracing::debug!(%error, "cannot keep the addresses of the metad nodes");
+            }
+        }
+        Ok(members)
     }
 
     /// A mutation whose answer does not matter.

@@ -101,7 +101,7 @@ pub(crate) async fn run(command: &TokenCommand, cluster: Option<&Path>) -> anyho
 
 /// Makes a token; only the hash of its secret goes to metad.
 pub(crate) async fn create(session: &Session, role: Role, ttl: Duration) -> anyhow::Result<String> {
-    let members = session.client().members().await?;
+    let members = session.members().await?;
     let endpoints = members.into_iter().map(|member| member.address).collect();
     let identity = session.context().identity();
     let (cluster, ca) = (identity.cluster(), identity.ca_fingerprint()?);

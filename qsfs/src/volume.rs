@@ -194,7 +194,7 @@ async fn write_kit(
         .await?;
     let ca = session.context().identity().ca_pem().to_owned();
     let identity = request.finish(certificate, ca)?;
-    let members = client.members().await?;
+    let members = session.members().await?;
     let endpoints = members.into_iter().map(|member| member.address).collect();
     let key = VolumeKey::generate(&mut rand::rng());
     let kit = create_kit(volume, key, endpoints, identity);

@@ -258,6 +258,16 @@ impl Nodes {
         }
     }
 
+    /// All nodes of the cluster, to be tried when those known before do not answer.
+    pub(super) fn learn_members<'a>(&self, addresses: impl Iterator<Item = &'a str>) {
+        let mut state = self.lock();
+        for address in addresses {
+            if state.known.len() < NODES_MAX && !state.known.iter().any(|known| known == address) {
+                state.known.push(address.to_owned());
+            }
+        }
+    }
+
     fn forget_leader(&self, address: &str) {
         let mut state = self.lock();
         if state.leader.as_deref() == Some(address) {

@@ -10,7 +10,6 @@ use crate::table::print;
 use crate::volume::{self, NewVolume};
 use anyhow::{Context as _, bail};
 use qsfs_proto::api::{Backend, Role, Verdict, VolumeSettings};
-use qsfs_proto::context::Context;
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -182,34 +181,26 @@ async fn start_new(layout: &Layout, children: &mut Children) -> anyhow::Result<S
     let (first, others) = metads.split_first().context("a plan has metad nodes")?;
     children.push((first.name.clone(), bootstrap(layout, first).await?));
     let session = Session::open(Some(&layout.cluster_file()))?;
-    for member in layout.of_kind(Kind::Agent) {
-        let child = join(layout, member, &session).await?;
-        children.push((member.name.clone(), child));
-    }
     for (number, member) in others.iter().enumerate() {
         let child = join(layout, member, &session).await?;
         children.push((member.name.clone(), child));
         let what = format!("{} to become a voter", member.name);
         until(layout, children, &what, || async {
-            let members = session.client().members().await?;
+            let members = session.members().await?;
             let voters = members.iter().filter(|member| member.voter).count();
             Ok((voters >= number + 2).then_some(()))
         })
         .await?;
     }
+    // After the metad nodes, so that every agent knows all three from its token on.
+    for member in layout.of_kind(Kind::Agent) {
+        let child = join(layout, member, &session).await?;
+        children.push((member.name.clone(), child));
+    }
     wait_backends(layout, &session, children).await?;
-    write_endpoints(layout, &session).await?;
+    // Also keeps their addresses in the cluster file, for when the first one is dead.
+    session.members().await?;
     Ok(session)
-}
-
-/// The context file that bootstrap wrote knows one metad node; a dev cluster is used when that one is dead, too.
-async fn write_endpoints(layout: &Layout, session: &Session) -> anyhow::Result<()> {
-    let members = session.client().members().await?;
-    let endpoints = members.into_iter().map(|member| member.address).collect();
-    let context = session.context();
-    let state_dir = context.state_dir().map(Path::to_owned);
-    Context::new(endpoints, context.identity().clone(), state_dir).save(&layout.cluster_file())?;
-    Ok(())
 }
 
 async fn wait_backends(
