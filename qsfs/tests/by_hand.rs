@@ -86,6 +86,8 @@ fn a_cluster_is_built_by_hand() {
     mounts(&mut cluster);
     eprintln!("-- garbage");
     garbage(&cluster);
+    eprintln!("-- the first metad dies");
+    first_metad_dies(&mut cluster);
     eprintln!("-- no quorum");
     no_quorum(&mut cluster);
 }
@@ -485,6 +487,33 @@ fn garbage(cluster: &Cluster) {
     wait_for("health after the garbage", || {
         let said = cluster.run(&["health"]);
         holds(said.code == 0, cluster.run(&["status"]).stdout)
+    });
+}
+
+/// Agents that joined when there was one metad knew only that one, and were taken for dead when it died.
+fn first_metad_dies(cluster: &mut Cluster) {
+    cluster.run(&["metad", "members"]).ok();
+    let sessions = |cluster: &Cluster, name: &str| {
+        let log = cluster.daemons.log(name);
+        log.matches("session with metad begins").count()
+    };
+    let before = ["a1", "a2"].map(|name| sessions(cluster, name));
+    assert_eq!(cluster.daemons.stop("m1"), Some(0));
+    wait_for("the agents to find the new leader", || {
+        let now = ["a1", "a2"].map(|name| sessions(cluster, name));
+        holds(
+            now[0] > before[0] && now[1] > before[1],
+            format!("{before:?} {now:?}"),
+        )
+    });
+    cluster.run(&["status"]).ok();
+    let data = cluster.path("m1");
+    cluster
+        .daemons
+        .start("m1", &["metad", "serve", "--data", &data]);
+    wait_for("three metads again", || {
+        let said = cluster.run(&["health"]);
+        holds(said.code == 0, said.stdout)
     });
 }
 
