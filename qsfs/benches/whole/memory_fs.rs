@@ -83,11 +83,23 @@ impl Tree {
     }
 
     fn remove_child(&mut self, parent: INodeNo, name: &OsStr) -> bool {
-        let gone = self
+        let removed = self
             .nodes
             .get_mut(&parent.0)
             .and_then(|node| node.entries.remove(name));
-        gone.and_then(|number| self.nodes.remove(&number)).is_some()
+        removed.is_some_and(|number| self.drop_link(number))
+    }
+
+    /// One name less; the last one takes the node with it.
+    fn drop_link(&mut self, number: u64) -> bool {
+        let Some(node) = self.nodes.get_mut(&number) else {
+            return false;
+        };
+        node.attr.nlink = node.attr.nlink.saturating_sub(1);
+        if node.attr.nlink == 0 {
+            self.nodes.remove(&number);
+        }
+        true
     }
 }
 
@@ -235,14 +247,12 @@ impl Filesystem for MemoryFs {
         _flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        let moved = self.with(|tree| {
+        self.with(|tree| {
             let number = tree.nodes.get_mut(&parent.0)?.entries.remove(name)?;
-            tree.nodes
-                .get_mut(&newparent.0)?
-                .entries
-                .insert(newname.to_owned(), number)
+            let target = tree.nodes.get_mut(&newparent.0)?;
+            let replaced = target.entries.insert(newname.to_owned(), number)?;
+            Some(tree.drop_link(replaced))
         });
-        let _replaced = moved;
         reply.ok();
     }
 
@@ -259,7 +269,9 @@ impl Filesystem for MemoryFs {
                 .get_mut(&newparent.0)?
                 .entries
                 .insert(newname.to_owned(), ino.0);
-            tree.nodes.get(&ino.0).map(|node| node.attr)
+            let node = tree.nodes.get_mut(&ino.0)?;
+            node.attr.nlink += 1;
+            Some(node.attr)
         });
         match attr {
             Some(attr) => reply.entry(&TTL, &attr, Generation(0)),
