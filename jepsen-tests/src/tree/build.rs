@@ -40,7 +40,7 @@ pub fn build(root: &Path, seed: u64, options: TreeOptions) -> io::Result<()> {
     let mut files = Vec::new();
     for number in 0..options.files {
         let parent = dirs[rng.random_range(0..dirs.len())].clone();
-        if number % 12 == 0 && dirs.len() < 200 {
+        if number.is_multiple_of(12) && dirs.len() < 200 {
             let dir = parent.join(name(&mut rng, number, "d"));
             fs::create_dir(&dir)?;
             dirs.push(dir);
@@ -81,7 +81,7 @@ fn write_file(rng: &mut StdRng, path: &Path, number: usize, bytes_max: usize) ->
         }
         _ => {
             let mut bytes = vec![0; rng.random_range(1..=bytes_max)];
-            if number % 3 == 0 {
+            if number.is_multiple_of(3) {
                 rng.fill_bytes(&mut bytes);
             } else {
                 for (at, byte) in bytes.iter_mut().enumerate() {
