@@ -57,28 +57,8 @@ fn measure(
     })
 }
 
-/// Runs the whole comparison with a file of `bytes`.
-pub(crate) fn run(root: &Path, bytes: u64, report: &mut Report) -> Result<()> {
-    let repository = root.join("repository");
-    files::make_repository(&repository, REPOSITORY_FILES)?;
-    let this = || Ok(cluster::cpu_seconds("self"));
-
-    let plain_dir = root.join("plain");
-    fs::create_dir_all(&plain_dir)?;
-    let plain = measure(&plain_dir, &repository, bytes, &this)?;
-
-    let memory_dir = root.join("memory");
-    fs::create_dir_all(&memory_dir)?;
-    let session = MemoryFs::mount(&memory_dir)?;
-    let memory = measure(&memory_dir, &repository, bytes, &this);
-    session.umount_and_join()?;
-    let memory = memory?;
-
-    let cluster = Cluster::start(&root.join("ours"), &[])?;
-    let all = || Ok(cluster.cpu_seconds()? + cluster::cpu_seconds("self"));
-    let ours = measure(&cluster.mount(), &repository, bytes, &all)?;
-    let gib = bytes as f64 / f64::from(1u32 << 30);
-
+/// One row per measurement, three places side by side.
+fn compare(plain: &Measured, memory: &Measured, ours: &Measured, report: &mut Report) {
     let mut row = |what: &str, unit, plain, memory, ours, cpu, predecessor| {
         let what = what.to_owned();
         report.row(Row {
@@ -173,6 +153,31 @@ pub(crate) fn run(root: &Path, bytes: u64, report: &mut Report) -> Result<()> {
         None,
         None,
     );
+}
+
+/// Runs the whole comparison with a file of `bytes`.
+pub(crate) fn run(root: &Path, bytes: u64, report: &mut Report) -> Result<()> {
+    let repository = root.join("repository");
+    files::make_repository(&repository, REPOSITORY_FILES)?;
+    let this = || Ok(cluster::cpu_seconds("self"));
+
+    let plain_dir = root.join("plain");
+    fs::create_dir_all(&plain_dir)?;
+    let plain = measure(&plain_dir, &repository, bytes, &this)?;
+
+    let memory_dir = root.join("memory");
+    fs::create_dir_all(&memory_dir)?;
+    let session = MemoryFs::mount(&memory_dir)?;
+    let memory = measure(&memory_dir, &repository, bytes, &this);
+    session.umount_and_join()?;
+    let memory = memory?;
+
+    let cluster = Cluster::start(&root.join("ours"), &[])?;
+    let all = || Ok(cluster.cpu_seconds()? + cluster::cpu_seconds("self"));
+    let ours = measure(&cluster.mount(), &repository, bytes, &all)?;
+    let gib = bytes as f64 / f64::from(1u32 << 30);
+
+    compare(&plain, &memory, &ours, report);
 
     cluster.sync()?;
     cluster.evict()?;
