@@ -38,10 +38,10 @@ pub(crate) async fn run(arguments: &UmountArguments) -> anyhow::Result<()> {
         }
         Err(error) => return Err(refusal(error)),
     };
-    let client = Client::new(found.socket);
+    let client = Client::new(found.socket.clone());
     let timeout_ms = Some(units::millis(patience));
     match with_bar("pushing", &client, &Request::Unmount { timeout_ms }).await {
-        Ok(_) => wait_unmounted(&found.root).await,
+        Ok(_) => wait_ended(&found.root, &found.socket).await,
         Err(error @ ControlError::Refused { .. }) => {
             let failure = left_behind(&client, error).await;
             detach(&found.root)?;
@@ -81,12 +81,15 @@ async fn left_behind(client: &Client, error: ControlError) -> anyhow::Error {
     Failure::new(code, text).into()
 }
 
-async fn wait_unmounted(root: &Path) -> anyhow::Result<()> {
+/// Until the mount is gone, and then its process: it removes its socket when the lease is given back, so that the next
+/// mount, here or elsewhere, does not find the volume held.
+async fn wait_ended(root: &Path, socket: &Path) -> anyhow::Result<()> {
     let deadline = Instant::now() + END_PATIENCE;
-    while crate::mount::is_mounted(root) {
+    while crate::mount::is_mounted(root) || socket.exists() {
         if Instant::now() >= deadline {
             let text = format!(
-                "{} is still in use: see `fuser -m {}`",
+                "the mount at {} has not ended: files may still be open there (`fuser -m {}`), or the end of the push \
+                 waits for the cluster (`qsfs status`)",
                 root.display(),
                 root.display()
             );
