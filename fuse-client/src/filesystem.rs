@@ -238,7 +238,8 @@ impl FileSystem {
 
     /// Removes an inode without names, in bounded steps.
     fn reap(&self, ino: Ino, now: Time) -> Result<(), FsError> {
-        while self.namespace.is_orphan(ino)? {
+        // Asked between operations: the unlink that made the last close reap may still be on its way into the rows.
+        while self.namespace.still(|| self.namespace.is_orphan(ino))? {
             self.execute(now, |_| Ok(Action::Reap { ino }))?;
         }
         Ok(())
