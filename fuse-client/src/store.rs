@@ -10,7 +10,7 @@
 //! - a meta datafile becomes `.sealed` only after all data it names is `.sealed` (the keeper closes in order);
 //! - the first failed fsync stops the store: what the disk holds is then unknown until it is opened again;
 //! - bytes are given out only if their page checksum verifies;
-//! - after a crash, what is there is a prefix of what was done ([`open`](self::open)).
+//! - after a crash, what is there is a prefix of what was done ([`open`]).
 
 pub mod append;
 pub mod catalog;
