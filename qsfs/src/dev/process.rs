@@ -17,6 +17,10 @@ use std::time::Duration;
 use tokio::process::{Child, Command};
 use tokio::time::Instant;
 
+/// How often a command line that is still empty is looked at again.
+const EXEC_LOOKS_MAX: u32 = 100;
+/// Between two looks.
+const EXEC_LOOK_EVERY: Duration = Duration::from_millis(1);
 /// Last bytes of a log that an error shows.
 const LOG_TAIL_BYTES: u64 = 2_000;
 
@@ -154,9 +158,23 @@ pub(super) fn is_ours(pid: i32, dir: &Path) -> bool {
         stat.rsplit_once(')')
             .is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
     });
-    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let dir = dir.as_os_str().as_bytes();
-    alive && line.windows(dir.len()).any(|window| window == dir)
+    alive
+        && command_line(pid)
+            .windows(dir.len())
+            .any(|window| window == dir)
+}
+
+/// A process that was started this very moment has no command line yet: the kernel closes the descriptors that tell
+/// its parent of the exec before it sets the arguments.
+fn command_line(pid: i32) -> Vec<u8> {
+    for _ in 0..EXEC_LOOKS_MAX {
+        match std::fs::read(format!("/proc/{pid}/cmdline")) {
+            Ok(line) if line.is_empty() => std::thread::sleep(EXEC_LOOK_EVERY),
+            other => return other.unwrap_or_default(),
+        }
+    }
+    Vec::new()
 }
 
 fn tail(path: &Path) -> Option<String> {
