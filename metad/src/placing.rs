@@ -4,7 +4,7 @@ use qsfs_proto::api::{Backend, Intent, PlacementAnswer, Verdict};
 use qsfs_proto::status::LossBudget;
 use qsfs_zstor::id::BackendId;
 use qsfs_zstor::piece::PIECE_HEADER_BYTES;
-use qsfs_zstor::placement::{self, Candidate, Site, Survival};
+use qsfs_zstor::placement::{self, Candidate, Site, Survival, Survive};
 use qsfs_zstor::policy::Policy;
 use qsfs_zstor::record::EncodingRecord;
 use std::collections::BTreeMap;
@@ -99,11 +99,11 @@ pub fn check_creation(policy: &Policy, backends: &[Backend]) -> Result<(), Strin
         .filter(|b| b.intent == Intent::Serve && b.verdict != Verdict::Lost)
         .map(|backend| candidate(backend, u64::MAX))
         .collect();
-    match placement::choose(policy, policy.geometry, 0, &candidates, &[]) {
-        Ok(placement) if placement.full_policy => Ok(()),
-        Ok(placement) => Err(placement.missing),
-        Err(unplaceable) => Err(unplaceable.missing),
-    }
+    let survive = Survive {
+        locations: policy.survive_locations,
+        nodes: policy.survive_nodes,
+    };
+    placement::strictly_meets(policy.geometry, survive, &candidates).map(drop)
 }
 
 /// Where the shards of a new stripe go, on backends that are up or may soon be again.

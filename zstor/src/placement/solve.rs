@@ -1,6 +1,6 @@
 //! A geometry for what must be survivable, when a volume is created: strict, nothing is given up.
 
-use super::{Candidate, choose};
+use super::{Candidate, best_survival, choose};
 use crate::policy::{Geometry, Policy};
 
 /// Widest stripe that is chosen unasked: more shards save little and cost a request each.
@@ -15,12 +15,14 @@ pub struct Survive {
     pub nodes: u32,
 }
 
-/// The policy of this geometry that survives what is asked, if these backends can meet it in full. The error says what is missing.
+/// The policy of this geometry that survives what is asked, if these backends can meet it in full, each shard on a backend of its
+/// own. The error says what is missing.
 pub fn strictly_meets(
     geometry: Geometry,
     survive: Survive,
     candidates: &[Candidate],
 ) -> Result<Policy, String> {
+    best_survival(geometry, candidates)?;
     let policy = Policy {
         geometry,
         survive_locations: survive.locations,
