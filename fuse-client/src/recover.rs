@@ -15,8 +15,9 @@ use crate::namespace::{Namespace, NamespaceError};
 use crate::store::append::{
     KIND_CHECKPOINT_BEGIN, KIND_CHECKPOINT_END, KIND_CHECKPOINT_ROWS, KIND_RECORD, meta_header,
 };
+use crate::store::aside::set_aside;
 use crate::store::layout::{DatafileName, Stage, StateDir};
-use crate::store::open::{OpenContext, Opened, local_names, open, set_aside};
+use crate::store::open::{OpenContext, Opened, local_names, open};
 use crate::store::{LocalStore, StoreSettings};
 use futures::stream::{self, StreamExt, TryStreamExt};
 use qsfs_proto::api::Volume;
@@ -178,11 +179,57 @@ fn state_file(step: &'static str, path: &Path, source: &std::io::Error) -> Mount
     }
 }
 
+/// Local copies of committed meta datafiles that do not verify: their shards replace them.
+fn drop_damaged(from: &RecoverFrom, wanted: &[&EncodingRecord]) -> Result<(), MountError> {
+    for record in wanted {
+        let name = DatafileName {
+            id: record.datafile,
+            stream: Stream::Meta,
+            stage: Stage::Pushed,
+        };
+        let path = from.dir.datafile(name);
+        if !from.media.exists(&path) {
+            continue;
+        }
+        if let Err(reason) = verify_pushed(&from.media, &path, record.datafile, record.plain_bytes)
+        {
+            tracing::warn!(
+                path = %path.display(), %reason,
+                "a local copy of a committed datafile is damaged: it is fetched again"
+            );
+            remove(&from.media, &from.dir, name)?;
+        }
+    }
+    Ok(())
+}
+
+/// Is the whole committed meta datafile there, and does every frame verify?
+fn verify_pushed(
+    media: &Arc<dyn Media>,
+    path: &Path,
+    id: DatafileId,
+    pushed_bytes: u64,
+) -> Result<(), String> {
+    let file = media.open(path, OpenMode::Read);
+    let bytes = file.and_then(|file| file.length());
+    let bytes = bytes.map_err(|error| error.to_string())?;
+    if bytes != pushed_bytes {
+        return Err(format!("it has {bytes} bytes, {pushed_bytes} were pushed"));
+    }
+    let inspected = Datafile::inspect(media, path, meta_header(id), &mut |_| {});
+    let (_, report) = inspected.map_err(|error| error.to_string())?;
+    if report.torn_bytes_cut > 0 || !report.damaged.is_empty() {
+        return Err("its frames do not verify".to_owned());
+    }
+    Ok(())
+}
+
 async fn fetch_missing(from: &RecoverFrom, wanted: &[&EncodingRecord]) -> Result<u64, MountError> {
     let datafiles = from.dir.datafiles();
     from.media
         .create_dir_all(&datafiles)
         .map_err(|source| state_file("create", &datafiles, &source))?;
+    drop_damaged(from, wanted)?;
     let local: BTreeSet<DatafileId> = local_names(&from.media, &from.dir)?
         .iter()
         .map(|name| name.id)
@@ -266,18 +313,10 @@ pub async fn fetch_meta(
         at += data.len() as u64;
     }
     file.sync_data().map_err(io("sync"))?;
-    let checked = Datafile::inspect(media, &part, meta_header(id), &mut |_| {});
-    let (_, report) = checked.map_err(|error| MountError::Meta {
+    verify_pushed(media, &part, id, plain_bytes).map_err(|reason| MountError::Meta {
         datafile: id.0,
-        reason: error.to_string(),
+        reason: format!("it was pushed damaged: {reason}"),
     })?;
-    if !report.damaged.is_empty() || report.torn_bytes_cut > 0 {
-        let reason = "it was pushed damaged: its frames do not verify".to_owned();
-        return Err(MountError::Meta {
-            datafile: id.0,
-            reason,
-        });
-    }
     media.rename(&part, &path).map_err(io("rename"))
 }
 
@@ -412,7 +451,15 @@ fn replay(store: &LocalStore, namespace: &Namespace, files: &[Meta]) -> Result<u
         visit(store, file, |frame| {
             match frame.kind {
                 KIND_RECORD => {
-                    end = end.max(Namespace::record_sequence(frame.payload)?);
+                    let found = Namespace::record_sequence(frame.payload)?;
+                    // Also where the namespace already knows better: the stream itself must be whole.
+                    if found > end + 1 {
+                        return Err(NamespaceError::Gap {
+                            applied: end,
+                            found,
+                        });
+                    }
+                    end = end.max(found);
                     namespace.replay(frame.payload)?;
                 }
                 KIND_CHECKPOINT_BEGIN => end = end.max(number(frame.payload)?),

@@ -13,6 +13,7 @@
 //! - after a crash, what is there is a prefix of what was done ([`open`]).
 
 pub mod append;
+pub mod aside;
 pub mod catalog;
 pub mod handles;
 pub mod keeper;
@@ -20,6 +21,7 @@ pub mod layout;
 pub mod open;
 pub mod pages;
 mod sync;
+pub mod synced_point;
 #[cfg(test)]
 mod tests;
 
@@ -104,6 +106,7 @@ pub struct LocalStore {
     handles: Handles,
     keeper: Keeper,
     rounds: sync::Rounds,
+    synced: synced_point::SyncedPointFile,
     failed: OnceLock<String>,
     fenced: Mutex<Option<Epoch>>,
     held: keeper::Hold,
@@ -142,6 +145,7 @@ impl LocalStore {
             catalog,
             keeper: Keeper::default(),
             rounds: sync::Rounds::default(),
+            synced: synced_point::SyncedPointFile::default(),
             failed: OnceLock::new(),
             fenced: Mutex::new(None),
             held: keeper::Hold::default(),
@@ -390,7 +394,7 @@ impl LocalStore {
 
     /// Moves everything that is not committed to `aside/` and lists it. For a writer that was outrun.
     pub fn set_aside(&self, label: &str) -> Result<Vec<PathBuf>, StoreError> {
-        open::set_aside(&self.media, &self.dir, label, |name| {
+        aside::set_aside(&self.media, &self.dir, label, |name| {
             name.stage != Stage::Pushed
         })
     }

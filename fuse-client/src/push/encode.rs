@@ -66,8 +66,10 @@ pub fn encode_object(
     key: &VolumeKey,
     ids: &ObjectIds,
 ) -> Result<(ObjectHeader, Spool), EncodeError> {
-    if file.name.stream == Stream::Meta {
-        verify_meta(store, file)?;
+    match file.name.stream {
+        Stream::Meta => verify_meta(store, file)?,
+        // Also for one that seems empty: without its checksums nobody knows what it held.
+        Stream::Data => Plain { store, file }.read(0, &mut [])?,
     }
     let chunks = ObjectHeader::chunks_of(file.bytes, CHUNK_BYTES)?;
     let header_bytes = ObjectHeader::encoded_len(chunks) as u64;
@@ -139,8 +141,8 @@ fn verify_meta(store: &LocalStore, file: &LocalFile) -> Result<(), EncodeError> 
     let (_, report) = inspected.map_err(|error| damaged(0, error.to_string()))?;
     match report.damaged.first() {
         Some(damage) => Err(damaged(damage.offset, "a frame does not verify".to_owned())),
-        None if report.torn_bytes_cut > 0 => {
-            Err(damaged(report.length, "its end is cut off".to_owned()))
+        None if report.torn_bytes_cut > 0 || !report.ends_marked => {
+            Err(damaged(report.length, "its end is missing".to_owned()))
         }
         None => Ok(()),
     }

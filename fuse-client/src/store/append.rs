@@ -1,9 +1,10 @@
 //! The active ends of both streams.
 
 use super::handles::{LocalReadError, read_verified};
-use super::keeper::Close;
+use super::keeper::{Close, Keeper};
 use super::layout::{DatafileName, Stage};
 use super::pages::PageSums;
+use super::synced_point::SyncedPoint;
 use super::{LocalStore, StoreEvent, WRITER_WAIT_MAX, datafile_error, io_error, now_ms};
 use crate::ports::{DataExtent, StoreError};
 use parking_lot::{Condvar, Mutex};
@@ -156,11 +157,24 @@ impl Active {
             .map(|journal| (journal.file.len(), journal.first_byte_ms))
     }
 
-    pub(super) fn journal_sync_handle(&self) -> Option<SyncHandle> {
-        self.journal
-            .lock()
-            .as_ref()
-            .map(|journal| journal.file.sync_handle())
+    /// Every journal that is not sealed yet, and how far the newest is written: one look, while none can be rotated, so that none
+    /// is missed on its way to the keeper.
+    pub(super) fn journals_to_sync(
+        &self,
+        keeper: &Keeper,
+    ) -> (Vec<SyncHandle>, Option<SyncedPoint>) {
+        let active = self.journal.lock();
+        let (mut handles, mut newest) = keeper.journals_to_sync();
+        if let Some(journal) = active.as_ref() {
+            handles.push(journal.file.sync_handle());
+            if !journal.file.is_empty() {
+                newest = Some(SyncedPoint {
+                    journal: journal.id,
+                    offset: journal.file.len(),
+                });
+            }
+        }
+        (handles, newest)
     }
 
     /// When the older of the two ends got its first byte.

@@ -151,9 +151,16 @@ pub fn read_verified(
     }
     let read = |target: &mut [u8], at: u64, sums: &[u32]| -> Result<(), LocalReadError> {
         file.read_exact_at(target, at)
-            .map_err(|source| LocalReadError::Io {
-                path: path.to_owned(),
-                source,
+            .map_err(|source| match source.kind() {
+                io::ErrorKind::UnexpectedEof => LocalReadError::Damaged {
+                    path: path.to_owned(),
+                    offset: at,
+                    what: format!("its end is missing, {bytes} bytes were written"),
+                },
+                _ => LocalReadError::Io {
+                    path: path.to_owned(),
+                    source,
+                },
             })?;
         pages::first_bad_page(target, sums).map_or(Ok(()), |bad| {
             let what = "a page does not match its checksum".to_owned();

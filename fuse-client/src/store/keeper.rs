@@ -3,6 +3,7 @@
 use super::append::OpenData;
 use super::catalog::LocalFile;
 use super::layout::{DatafileName, Stage};
+use super::synced_point::SyncedPoint;
 use super::{LocalStore, StoreEvent, datafile_error, io_error, pages};
 use crate::ports::StoreError;
 use parking_lot::{Condvar, Mutex};
@@ -34,12 +35,22 @@ pub(super) enum Close {
     },
 }
 
+/// A meta datafile in the queue.
+#[derive(Debug)]
+struct ClosingMeta {
+    id: DatafileId,
+    bytes: u64,
+    first_byte_ms: u64,
+    checkpoint: bool,
+    sync: SyncHandle,
+}
+
 #[derive(Debug, Default)]
 struct State {
     /// Front first; an entry is removed only after it is sealed.
     queue: VecDeque<Arc<Mutex<Option<Close>>>>,
     /// Of the meta datafiles in the queue.
-    journals: VecDeque<(DatafileId, u64, u64, SyncHandle)>,
+    journals: VecDeque<ClosingMeta>,
     seal: bool,
     stop: bool,
     /// Raised by every wake.
@@ -64,12 +75,17 @@ impl Keeper {
             id,
             file,
             first_byte_ms,
+            checkpoint,
             ..
         } = &close
         {
-            state
-                .journals
-                .push_back((*id, file.len(), *first_byte_ms, file.sync_handle()));
+            state.journals.push_back(ClosingMeta {
+                id: *id,
+                bytes: file.len(),
+                first_byte_ms: *first_byte_ms,
+                checkpoint: *checkpoint,
+                sync: file.sync_handle(),
+            });
         }
         state.queue.push_back(Arc::new(Mutex::new(Some(close))));
         state.queued += 1;
@@ -105,17 +121,22 @@ impl Keeper {
             .lock()
             .journals
             .iter()
-            .map(|(_, bytes, first, _)| (*bytes, *first))
+            .map(|meta| (meta.bytes, meta.first_byte_ms))
             .collect()
     }
 
-    pub(super) fn journal_sync_handles(&self) -> Vec<SyncHandle> {
-        self.state
-            .lock()
-            .journals
-            .iter()
-            .map(|(_, _, _, handle)| handle.clone())
-            .collect()
+    /// Every meta datafile in the queue, and the end of the newest journal among them.
+    pub(super) fn journals_to_sync(&self) -> (Vec<SyncHandle>, Option<SyncedPoint>) {
+        let state = self.state.lock();
+        let handles = state.journals.iter().map(|meta| meta.sync.clone());
+        let ends = state.journals.iter().filter(|meta| !meta.checkpoint);
+        let newest = ends
+            .map(|meta| SyncedPoint {
+                journal: meta.id,
+                offset: meta.bytes,
+            })
+            .max();
+        (handles.collect(), newest)
     }
 }
 
@@ -270,7 +291,7 @@ impl LocalStore {
                 state.queue.pop_front();
                 state.sealed += 1;
                 if let Some(file) = &sealed {
-                    state.journals.retain(|(id, ..)| *id != file.name.id);
+                    state.journals.retain(|meta| meta.id != file.name.id);
                 }
                 drop(state);
                 self.keeper.progress.notify_all();

@@ -5,6 +5,7 @@
 //! STATE/client.toml                  whose state this is
 //! STATE/volume.kit                   the volume's key, 0600
 //! STATE/control.sock                 control socket of the running mount
+//! STATE/synced                       how far the journal is durable ([`super::synced_point`])
 //! STATE/names/                       the namespace store
 //! STATE/datafiles/{id:016x}.{data|meta}.{open|sealed|pushed}   (+ `.crc` of data files, written at seal)
 //! STATE/aside/{epoch}/               what a fenced or outrun writer had not pushed
@@ -118,6 +119,11 @@ impl StateDir {
     /// Control socket.
     pub fn control_socket(&self) -> PathBuf {
         self.root.join("control.sock")
+    }
+
+    /// How far the journal is durable.
+    pub fn synced_point(&self) -> PathBuf {
+        self.root.join("synced")
     }
 
     /// Namespace store.

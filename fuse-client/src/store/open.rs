@@ -8,16 +8,19 @@
 //!
 //! Damage in what was durable is never cut in silence: it is an error that names the file and says what to do.
 
+mod verify;
+
 use super::append::{KIND_RECORD, meta_header};
 use super::catalog::{Catalog, LocalFile};
 use super::layout::{DatafileName, Stage, StateDir};
 use super::pages::{PAGE_BYTES, PageSums};
+use super::synced_point::{self, SyncedPoint};
 use super::{LocalStore, StoreEvent, StoreSettings, datafile_error, io_error, now_ms};
 use crate::ports::{DataExtent, StoreError};
 use qsfs_zdb::datafile::{Datafile, DatafileError, Tail};
 use qsfs_zdb::media::{Media, MediaFile, OpenMode};
 use qsfs_zstor::id::{DatafileId, Stream};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -34,8 +37,8 @@ pub enum OpenError {
     Store(#[from] StoreError),
     /// A durable part of a journal that is not committed does not verify.
     #[error(
-        "journal {path} is damaged at byte {offset}: operations from there on exist nowhere else and cannot be replayed. \
-         Restore the file if you can; else move the state directory away and mount again with the recovery kit: \
+        "journal {path} is damaged at byte {offset} ({what}): operations from there on exist nowhere else and cannot be \
+         replayed. Restore the file if you can; else move the state directory away and mount again with the recovery kit: \
          everything up to the last push is then there"
     )]
     DamagedJournal {
@@ -43,6 +46,22 @@ pub enum OpenError {
         path: String,
         /// Where.
         offset: u64,
+        /// What does not verify.
+        what: &'static str,
+    },
+    /// Bytes of a data datafile that were durable, and that a journal names, do not verify.
+    #[error(
+        "datafile {path} is damaged at byte {offset} ({what}): these bytes were durable, and exist nowhere else. Restore the \
+         file if you can; else move the state directory away and mount again with the recovery kit: everything up to the last \
+         push is then there"
+    )]
+    DamagedData {
+        /// Which file.
+        path: String,
+        /// Where.
+        offset: u64,
+        /// What does not verify.
+        what: &'static str,
     },
     /// A record verifies but cannot be read.
     #[error(
@@ -108,9 +127,12 @@ struct OpenDatafile {
 struct Scan<'a> {
     media: Arc<dyn Media>,
     dir: StateDir,
+    synced: Option<SyncedPoint>,
     context: OpenContext<'a>,
     catalog: Catalog,
     open_data: BTreeMap<DatafileId, OpenDatafile>,
+    /// Data that sealed journals name: it was sealed before they were.
+    named: BTreeSet<DatafileId>,
     report: OpenReport,
 }
 
@@ -127,19 +149,27 @@ pub fn open(
     let names = local_names(&media, &dir)?;
     let last_local = names.iter().map(|name| name.id).max().unwrap_or_default();
     let last = last_local.max(context.last_known_id);
+    let synced = synced_point::read(&media, &dir)
+        .map_err(|source| io_error("read", &dir.synced_point(), source))?;
     let mut scan = Scan {
         media: Arc::clone(&media),
         dir: dir.clone(),
+        synced,
         context,
         catalog: Catalog::default(),
         open_data: BTreeMap::new(),
+        named: BTreeSet::new(),
         report: OpenReport::default(),
     };
     scan.load_closed(&names, last)?;
     scan.load_open_data(&names)?;
+    scan.check_synced(&names)?;
     let journals = scan.cut_journals(&names)?;
     scan.seal_data()?;
     scan.seal_journals(journals, last)?;
+    // Nothing is open any more: what is sealed says itself where it ends.
+    synced_point::forget(&media, &dir)
+        .map_err(|source| io_error("remove", &dir.synced_point(), source))?;
     let Scan {
         catalog, report, ..
     } = scan;
@@ -191,6 +221,10 @@ impl Scan<'_> {
             let bytes = open
                 .and_then(|file| file.length())
                 .map_err(|source| io_error("open", &path, source))?;
+            let bytes = match name.stream {
+                Stream::Data => self.sealed_bytes(name.id).unwrap_or(bytes),
+                Stream::Meta => bytes,
+            };
             let checkpoint = match (name.stream, name.stage) {
                 (Stream::Meta, Stage::Sealed) => self.check_sealed_meta(name.id, &path)?,
                 _ => false,
@@ -206,26 +240,6 @@ impl Scan<'_> {
             });
         }
         Ok(())
-    }
-
-    /// Verifies a meta datafile that exists nowhere else; true when it is a checkpoint.
-    fn check_sealed_meta(&self, id: DatafileId, path: &Path) -> Result<bool, OpenError> {
-        let mut checkpoint = false;
-        let mut visit =
-            |frame: qsfs_zdb::datafile::FrameView<'_>| checkpoint |= frame.kind != KIND_RECORD;
-        let inspected = Datafile::inspect(&self.media, path, meta_header(id), &mut visit);
-        let (_, report) = inspected.map_err(|error| journal_error(path, error))?;
-        match report.damaged.first() {
-            Some(damage) => Err(OpenError::DamagedJournal {
-                path: path.display().to_string(),
-                offset: damage.offset,
-            }),
-            None if report.torn_bytes_cut > 0 => Err(OpenError::DamagedJournal {
-                path: path.display().to_string(),
-                offset: report.length,
-            }),
-            None => Ok(checkpoint),
-        }
     }
 
     fn load_open_data(&mut self, names: &[DatafileName]) -> Result<(), OpenError> {
@@ -313,10 +327,7 @@ impl Scan<'_> {
         };
         let damage = found.damaged.first().map(|damage| damage.offset);
         if let Some(offset) = damage.filter(|offset| cut.is_none_or(|cut| *offset < cut)) {
-            return Err(OpenError::DamagedJournal {
-                path: path.display().to_string(),
-                offset,
-            });
+            return Err(damaged_journal(path, offset, NOT_VERIFIED));
         }
         if let Some(reason) = unreadable {
             return Err(OpenError::Record {
@@ -396,22 +407,6 @@ impl Scan<'_> {
         renamed.map_err(|source| io_error("rename", &fresh, source))?;
         let (journal, _) = Datafile::open(&self.media, path, meta_header(id)).map_err(fail)?;
         Ok(journal)
-    }
-
-    fn verifies(&self, extent: &DataExtent) -> bool {
-        let end = extent.offset.saturating_add(u64::from(extent.bytes));
-        let Some(open) = self.open_data.get(&extent.datafile) else {
-            return match self.catalog.get(extent.datafile) {
-                Some(file) => file.name.stream == Stream::Data && end <= file.bytes,
-                None => (self.context.committed)(extent.datafile),
-            };
-        };
-        if end > open.length {
-            return false;
-        }
-        let mut data = vec![0; extent.bytes as usize];
-        open.file.read_exact_at(&mut data, extent.offset).is_ok()
-            && crc32fast::hash(&data) == extent.crc
     }
 
     fn account(&mut self, extents: &[DataExtent]) {
@@ -525,53 +520,22 @@ pub fn write_page_sums(
         .map_err(|source| io_error("sync directory", &parent, source))
 }
 
-/// Moves the datafiles that `which` chooses to `aside/LABEL/`, checksums included, and lists them.
-pub fn set_aside(
-    media: &Arc<dyn Media>,
-    dir: &StateDir,
-    label: &str,
-    which: impl Fn(&DatafileName) -> bool,
-) -> Result<Vec<PathBuf>, StoreError> {
-    let target = dir.aside().join(label);
-    let mut moved = Vec::new();
-    for name in local_names(media, dir)?.iter().filter(|name| which(name)) {
-        media
-            .create_dir_all(&target)
-            .map_err(|source| io_error("create", &target, source))?;
-        let (from, to) = (dir.datafile(*name), target.join(name.file_name()));
-        media
-            .rename(&from, &to)
-            .map_err(|source| io_error("move aside", &from, source))?;
-        let side = dir.page_sums(name.id);
-        if name.stream == Stream::Data && media.exists(&side) {
-            let to = target.join(side.file_name().unwrap_or_default());
-            media
-                .rename(&side, &to)
-                .map_err(|source| io_error("move aside", &side, source))?;
-        }
-        moved.push(to);
+const NOT_VERIFIED: &str = "a frame does not verify";
+const CUT_OFF: &str = "its end is missing";
+
+fn damaged_journal(path: &Path, offset: u64, what: &'static str) -> OpenError {
+    OpenError::DamagedJournal {
+        path: path.display().to_string(),
+        offset,
+        what,
     }
-    if !moved.is_empty() {
-        for path in [&target, &dir.datafiles()] {
-            media
-                .sync_dir(path)
-                .map_err(|source| io_error("sync directory", path, source))?;
-        }
-    }
-    Ok(moved)
 }
 
 fn journal_error(path: &Path, error: DatafileError) -> OpenError {
     match error {
-        DatafileError::Damaged { offset, .. } => OpenError::DamagedJournal {
-            path: path.display().to_string(),
-            offset,
-        },
+        DatafileError::Damaged { offset, .. } => damaged_journal(path, offset, NOT_VERIFIED),
         DatafileError::NoHeader { .. } | DatafileError::Foreign { .. } => {
-            OpenError::DamagedJournal {
-                path: path.display().to_string(),
-                offset: 0,
-            }
+            damaged_journal(path, 0, "its header does not verify")
         }
         other => OpenError::Store(datafile_error("open", path, other)),
     }

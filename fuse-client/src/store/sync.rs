@@ -51,8 +51,8 @@ impl LocalStore {
     fn sync_round(&self) -> Result<(), StoreError> {
         self.check_running()?;
         self.counters.sync_rounds.fetch_add(1, Ordering::Relaxed);
-        let mut journals = self.keeper.journal_sync_handles();
-        journals.extend(self.active.journal_sync_handle());
+        // Before the data: what a journal names up to here was appended by now.
+        let (journals, reached) = self.active.journals_to_sync(&self.keeper);
         let data: Vec<_> = self.open_data.read().values().cloned().collect();
         let mut names = false;
         for open in &data {
@@ -73,6 +73,12 @@ impl LocalStore {
             journal
                 .sync()
                 .map_err(|error| datafile_error("sync", &self.dir.datafiles(), error))?;
+        }
+        if let Some(reached) = reached
+            && let Err(error) = self.synced.note(&self.media, &self.dir, reached)
+        {
+            // Durable all the same; only damage that comes later would be taken for a torn tail.
+            tracing::warn!(%error, "cannot note what is synced");
         }
         Ok(())
     }

@@ -149,6 +149,95 @@ proptest! {
     }
 }
 
+#[derive(Debug, Clone)]
+enum Harm {
+    Flip,
+    Cut,
+    Remove,
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+    /// The process was killed, then a local file was harmed: either opening names it, or everything that was synced is there, and a
+    /// byte that cannot be right is an error. A cut or flipped `.open` datafile once took what was synced with it, without a word.
+    #[test]
+    fn harm_after_a_kill_never_costs_what_was_synced_in_silence(
+        steps in steps(),
+        harm in prop_oneof![Just(Harm::Flip), Just(Harm::Cut), Just(Harm::Remove)],
+        which in any::<prop::sample::Index>(),
+        at in any::<prop::sample::Index>(),
+    ) {
+        let sim = SimMedia::new();
+        let store = open_on(&sim).unwrap().store;
+        let mut sizes = Vec::new();
+        let mut synced = 0;
+        for step in steps {
+            match step {
+                Step::Write(bytes) => {
+                    let sequence = sizes.len() as u64;
+                    let extents = store.append_data(&contents(sequence, bytes)).unwrap();
+                    store.append_journal(&record(sequence, &extents)).unwrap();
+                    sizes.push(bytes);
+                }
+                Step::Sync => {
+                    store.sync().unwrap();
+                    synced = sizes.len();
+                }
+                Step::Rotate => {
+                    store.rotate();
+                    prop_assert!(store.wait_sealed(Instant::now() + Duration::from_secs(20)).unwrap());
+                    synced = sizes.len();
+                }
+            }
+        }
+        store.stop();
+        let media: Arc<dyn Media> = Arc::new(sim.clone());
+        let dir = StateDir::new("/state").datafiles();
+        let names = media.list(&dir).unwrap();
+        prop_assume!(!names.is_empty());
+        let path = dir.join(which.get(&names));
+        let bytes = sim.contents(&path).unwrap().len();
+        match harm {
+            Harm::Flip if bytes > 0 => sim.flip(&path, at.index(bytes) as u64, 0x10),
+            Harm::Flip => {}
+            Harm::Cut => {
+                let file = media.open(&path, qsfs_zdb::media::OpenMode::ReadWrite).unwrap();
+                file.truncate(at.index(bytes.max(1)) as u64).unwrap();
+            }
+            Harm::Remove => media.remove(&path).unwrap(),
+        }
+        let opened = match open_on(&sim) {
+            Ok(opened) => opened,
+            Err(error) => {
+                let said = error.to_string();
+                // A file that is gone is named by what it was when it was needed last.
+                let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+                prop_assert!(said.contains(&name[..21]) && said.contains("recovery kit"), "{said}");
+                return Ok(());
+            }
+        };
+        let found = records(&opened.store);
+        // A sealed journal that is gone leaves a gap, which replay refuses.
+        let gap = found.iter().enumerate().any(|(at, (sequence, _))| at as u64 != *sequence);
+        let removed_sealed = matches!(harm, Harm::Remove) && path.to_string_lossy().ends_with("meta.sealed");
+        prop_assert!(found.len() >= synced || removed_sealed, "{} records, {synced} were synced: {:?}", found.len(), opened.report);
+        prop_assert!(!gap || removed_sealed, "a prefix");
+        for (sequence, extents) in &found {
+            let wanted = contents(*sequence, sizes[usize::try_from(*sequence).unwrap()]);
+            let mut from = 0;
+            for extent in extents {
+                let mut buf = vec![0; extent.bytes as usize];
+                // Damaged is an answer, wrong bytes are not.
+                if let Ok(local) = opened.store.read_data(extent.datafile, extent.offset, &mut buf) {
+                    prop_assert!(local && buf == wanted[from..from + buf.len()], "operation {sequence}");
+                }
+                from += buf.len();
+            }
+        }
+        opened.store.stop();
+    }
+}
+
 #[test]
 fn a_store_goes_on_after_a_clean_end() {
     let sim = SimMedia::new();

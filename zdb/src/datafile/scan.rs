@@ -48,6 +48,8 @@ pub struct ScanReport {
     pub torn_bytes_cut: u64,
     /// Damage in what was durable. The frames behind it are readable.
     pub damaged: Vec<Damage>,
+    /// The last valid frame is a mark: the file was completed and ends where it ended then.
+    pub ends_marked: bool,
 }
 
 /// A valid frame, as shown while scanning.
@@ -261,6 +263,7 @@ pub(super) fn scan(
         match window.step(shared, offset)? {
             Step::End => break,
             Step::Frame { header, end } => {
+                report.ends_marked = header.kind == KIND_MARK;
                 if bad.is_empty() {
                     show(
                         &mut report,
@@ -279,6 +282,7 @@ pub(super) fn scan(
                 header,
                 prefix,
             } => {
+                report.ends_marked = false;
                 bad.push(Bad {
                     offset,
                     end,
