@@ -3,6 +3,7 @@
 //! A backend that failed is left alone for a while (doubling, bounded), so that reads and pushes do not wait for its
 //! timeout again and again. metad's verdict counts as well: what is down there is asked last.
 
+use crate::admission::Room;
 use crate::cluster::Cluster;
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -10,7 +11,8 @@ use parking_lot::{Mutex, RwLock};
 use qsfs_proto::api::{Backend, BackendFacts, Intent, MetadError, Verdict};
 use qsfs_zdb::client::{ClientConfig, ClientError, ClientTls, Password, ZdbClient};
 use qsfs_zstor::id::BackendId;
-use qsfs_zstor::placement::{Candidate, Site};
+use qsfs_zstor::placement::{Candidate, Site, room_per_shard};
+use qsfs_zstor::policy::Geometry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -303,22 +305,36 @@ impl Backends {
             .map(|known| known.backend.clone())
     }
 
-    /// Bytes in all and free on the backends that are up, as last heard.
-    pub fn raw_capacity(&self) -> (u64, u64) {
+    /// Bytes of plaintext that fit at this geometry on all backends that are not lost or leaving, up or not, as last heard; `None`
+    /// while none is known.
+    pub fn plain_room(&self, geometry: Geometry) -> Option<Room> {
         let facts = self.facts.read();
         let known = self.known.read();
-        let up = known
+        let (mut total, mut free) = (Vec::new(), Vec::new());
+        let staying = known
             .values()
             .map(|known| &known.backend)
-            .filter(|backend| backend.verdict == Verdict::Up);
-        up.fold((0, 0), |(total, free), backend| {
+            .filter(|backend| backend.verdict != Verdict::Lost && backend.intent == Intent::Serve);
+        for backend in staying {
             let left = facts
                 .get(&backend.id)
                 .map_or(backend.capacity_bytes, |facts| facts.free_bytes);
-            (
-                total + backend.capacity_bytes,
-                free + left.min(backend.capacity_bytes),
-            )
+            total.push(backend.capacity_bytes);
+            free.push(left.min(backend.capacity_bytes));
+        }
+        let plain = |bytes: &[u64]| {
+            room_per_shard(bytes, geometry.total()).saturating_mul(geometry.data() as u64)
+        };
+        (!total.is_empty()).then(|| Room {
+            total_bytes: plain(&total),
+            left_bytes: plain(&free),
         })
+    }
+
+    /// So many bytes more are there than when this backend was last heard of.
+    pub fn note_stored(&self, id: BackendId, bytes: u64) {
+        if let Some(facts) = self.facts.write().get_mut(&id) {
+            facts.free_bytes = facts.free_bytes.saturating_sub(bytes);
+        }
     }
 }

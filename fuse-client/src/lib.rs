@@ -1,5 +1,6 @@
 //! The filesystem: FUSE adapter, namespace, local store, push and fetch.
 
+pub mod admission;
 pub mod backends;
 pub mod cache;
 pub mod cluster;

@@ -1,5 +1,6 @@
 //! The store the filesystem sees: the local store, and the shards behind it.
 
+use crate::admission::{self, Admission, Room};
 use crate::backends::Backends;
 use crate::fetch::Fetcher;
 use crate::ports::{Capacity, DataExtent, Store, StoreError};
@@ -20,7 +21,11 @@ pub struct VolumeStore {
     geometry: Geometry,
     quota_bytes: u64,
     runtime: Handle,
+    admission: Admission,
 }
+
+const VOLUME_FULL: &str = "the backends have no room for it at this volume's policy; remove something and run `qsfs sync`, or add \
+     backends";
 
 impl VolumeStore {
     /// Puts them together. `runtime` runs fetches that are asked for from other threads.
@@ -39,7 +44,12 @@ impl VolumeStore {
             geometry,
             quota_bytes,
             runtime,
+            admission: Admission::default(),
         }
+    }
+
+    fn room(&self) -> Option<Room> {
+        admission::room(&self.backends, &self.local, self.geometry)
     }
 
     /// The local half.
@@ -50,6 +60,10 @@ impl VolumeStore {
 
 impl Store for VolumeStore {
     fn append_data(&self, data: &[u8]) -> Result<Vec<DataExtent>, StoreError> {
+        let left = || self.room().map(|room| room.left_bytes);
+        if !self.admission.admit(data.len() as u64, left) {
+            return Err(StoreError::NoSpace(VOLUME_FULL.to_owned()));
+        }
         self.local.append_data(data)
     }
 
@@ -81,11 +95,10 @@ impl Store for VolumeStore {
     }
 
     fn capacity(&self) -> Capacity {
-        let (total, free) = self.backends.raw_capacity();
-        let (k, n) = (self.geometry.data() as u64, self.geometry.total() as u64);
-        let plain = |raw: u64| raw / n * k;
-        let mut total_bytes = plain(total);
-        let mut free_bytes = plain(free).saturating_sub(self.local.at_risk().bytes);
+        let Some(room) = self.room() else {
+            return Capacity::default();
+        };
+        let (mut total_bytes, mut free_bytes) = (room.total_bytes, room.left_bytes);
         if self.quota_bytes > 0 {
             let used = total_bytes.saturating_sub(free_bytes);
             total_bytes = total_bytes.min(self.quota_bytes);

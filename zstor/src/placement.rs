@@ -13,10 +13,12 @@
 //! - [`choose`]: a placement for a new stripe, or for the shards of one that are gone
 //! - [`moves`]: the fewest shards to move so that a stripe returns to its policy
 //! - [`best_survival`]: the most that a geometry can survive on these backends
+//! - [`room_per_shard`]: how much more fits on these backends
 //! - [`strictly_meets`], [`smallest_geometry`]: the policy of a new volume, nothing given up
 
 mod choose;
 mod moves;
+mod room;
 mod solve;
 mod tree;
 
@@ -26,6 +28,7 @@ use std::collections::BTreeMap;
 
 pub use choose::{best_survival, choose};
 pub use moves::{Moves, moves};
+pub use room::room_per_shard;
 pub use solve::{CHOSEN_SHARDS_MAX, Survive, smallest_geometry, strictly_meets};
 
 /// Where a backend is.

@@ -312,6 +312,7 @@ impl Upload<'_> {
             match client.set(&key, piece.value.clone()).await {
                 Ok(()) => {
                     backends.note_ok(backend);
+                    backends.note_stored(backend, piece.value.len() as u64);
                     return Ok(());
                 }
                 // The same key and value: storing it twice is harmless.
