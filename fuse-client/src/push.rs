@@ -13,6 +13,7 @@
 pub mod checkpoint;
 pub mod encode;
 pub mod lifecycle;
+pub mod policy;
 pub mod spool;
 pub mod transfer;
 
@@ -20,8 +21,7 @@ use crate::store::{LocalStore, StoreEvent};
 use lifecycle::{Action, Event, Lifecycle, Sealed};
 use qsfs_proto::api::{Head, MetadError, Mutation};
 use qsfs_zstor::id::{DatafileId, Epoch, Stream};
-use qsfs_zstor::placement::{holds, survival};
-use qsfs_zstor::record::{EncodingRecord, ShardState};
+use qsfs_zstor::record::EncodingRecord;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -33,8 +33,6 @@ use transfer::{StoredStripe, TransferContext, transfer};
 pub const TRANSFERS_MAX: usize = 2;
 /// Deadline of one commit.
 pub const COMMIT_DEADLINE: Duration = Duration::from_secs(20);
-/// Records asked for in one question about policy.
-const POLICY_PAGE: usize = 512;
 
 /// What is known of the queue, for whoever waits or asks.
 #[derive(Debug, Clone, Default)]
@@ -485,41 +483,6 @@ async fn release(
         // Nothing is lost but space: what is dead is found again at the next seal.
         Err(error) => tracing::warn!(?datafiles, %error, "cannot release datafiles now"),
     }
-}
-
-/// Of these datafiles, those whose committed placement does not meet the policy. Backends that are merely down count
-/// as there: re-silver or their return will tell.
-pub async fn below_policy(
-    context: &TransferContext,
-    suspects: &BTreeSet<DatafileId>,
-) -> Result<BTreeSet<DatafileId>, MetadError> {
-    if suspects.is_empty() {
-        return Ok(BTreeSet::new());
-    }
-    context.backends.refresh(Duration::from_secs(1)).await?;
-    let suspects: Vec<DatafileId> = suspects.iter().copied().collect();
-    let mut below = BTreeSet::new();
-    for page in suspects.chunks(POLICY_PAGE) {
-        let records = context.cluster.records(context.volume, page).await?;
-        below.extend(
-            records
-                .iter()
-                .filter(|record| !meets_policy(context, record))
-                .map(|record| record.datafile),
-        );
-    }
-    Ok(below)
-}
-
-/// Does the placement of a record meet the policy?
-pub fn meets_policy(context: &TransferContext, record: &EncodingRecord) -> bool {
-    let site = |shard: &qsfs_zstor::record::Shard| {
-        (shard.state == ShardState::Stored)
-            .then(|| context.backends.site(shard.backend))
-            .flatten()
-    };
-    let sites: Vec<_> = record.shards.iter().map(site).collect();
-    survival(record.geometry, &sites).is_some_and(|survival| holds(&context.policy, &survival))
 }
 
 /// Seals what is open and waits until all of it is in the queue; answers the newest datafile that must be committed.

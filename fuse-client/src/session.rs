@@ -8,21 +8,23 @@
 mod follower;
 mod info;
 mod observer;
+mod sync;
 #[cfg(test)]
 mod tests;
 
 use crate::backends::{Backends, Connector};
 use crate::cache::{Cache, Evicted};
 use crate::cluster::{Cluster, all_records};
-use crate::control::{Progress, Report, Synced};
+use crate::control::{Progress, Report};
 use crate::error::MountError;
 use crate::fetch::Fetcher;
 use crate::filesystem::{Caller, FileSystem, FileSystemOptions};
 use crate::lease::{self, Lease};
 use crate::namespace::Namespace;
 use crate::ports::Store;
+use crate::push::policy::meets_policy;
 use crate::push::transfer::TransferContext;
-use crate::push::{self, Pusher, SettleError, below_policy, meets_policy, seal_now};
+use crate::push::{self, Pusher};
 use crate::recover::{RecoverFrom, Recovered, RecoveryReport, recover};
 use crate::state::ClientFile;
 use crate::store::layout::StateDir;
@@ -30,7 +32,7 @@ use crate::store::{LocalStore, StoreEvent, StoreSettings};
 use crate::volume_store::VolumeStore;
 use observer::Observer;
 use parking_lot::Mutex;
-use qsfs_proto::api::{ClientReport, MetadError, Volume, VolumeSettings};
+use qsfs_proto::api::{ClientReport, Volume, VolumeSettings};
 use qsfs_zdb::media::Media;
 use qsfs_zstor::id::{ClientId, DatafileId, Epoch};
 use qsfs_zstor::key::VolumeKey;
@@ -40,12 +42,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+pub use sync::SyncError;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-/// Time between signs of life of a long wait.
-const PROGRESS_EVERY: Duration = Duration::from_millis(250);
 /// Time between looks at the volume's settings and the backends.
 const REFRESH_EVERY: Duration = Duration::from_secs(10);
 
@@ -75,34 +76,6 @@ pub struct SessionParts {
     pub cache_limit_bytes: Option<u64>,
     /// Who owns the root of a new volume.
     pub founder: Caller,
-}
-
-/// Why a sync did not do all that was asked.
-#[derive(Debug, thiserror::Error)]
-pub enum SyncError {
-    /// A follower has nothing to push.
-    #[error("this mount is read-only: there is nothing to push")]
-    ReadOnly,
-    /// The local store.
-    #[error("seal what is open: {0}")]
-    Seal(String),
-    /// Not in time, or fenced.
-    #[error(transparent)]
-    Settle(#[from] SettleError),
-    /// All is committed, some of it below policy.
-    #[error(
-        "everything is committed, but {datafiles} datafiles are below policy ({missing}); they are re-silvered as soon as \
-         it can be; with --allow-degraded that is success"
-    )]
-    BelowPolicy {
-        /// How many.
-        datafiles: usize,
-        /// What is missing.
-        missing: String,
-    },
-    /// metad could not say whether the policy holds.
-    #[error("everything is committed; whether at full policy is unknown: {0}")]
-    Policy(MetadError),
 }
 
 /// See the module.
@@ -322,67 +295,6 @@ impl Session {
     /// Completes when another writer took over.
     pub async fn fenced(&self) -> Epoch {
         self.observer.until_fenced().await
-    }
-
-    /// Pushes everything written before the call and waits until it is committed.
-    pub async fn sync(
-        &self,
-        deadline: Instant,
-        allow_degraded: bool,
-        progress: &(dyn Fn(Progress) + Send + Sync),
-    ) -> Result<Synced, SyncError> {
-        let pusher = self.pusher.as_ref().ok_or(SyncError::ReadOnly)?;
-        let total_bytes = self.local().at_risk().bytes;
-        if let Some(epoch) = self.local().fenced() {
-            return Err(SettleError::Fenced(epoch).into());
-        }
-        let target = seal_now(self.local(), deadline)
-            .await
-            .map_err(SyncError::Seal)?;
-        pusher.hurry().await?;
-        loop {
-            let until = deadline.min(Instant::now() + PROGRESS_EVERY);
-            let settled = pusher.settled(target, until).await;
-            let status = pusher.status();
-            let waiting = status.waiting.range(..=target).count() as u64;
-            progress(Progress {
-                done_bytes: total_bytes.saturating_sub(self.local().at_risk().bytes),
-                total_bytes,
-                datafiles_waiting: waiting,
-                blocked: status.blocked.unwrap_or_default(),
-            });
-            match settled {
-                Ok(()) => break,
-                Err(SettleError::Deadline { .. }) if Instant::now() < deadline => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        if let Some(lease) = self.lease {
-            let report = self.observer.client_report();
-            lease::tell(self.context.cluster.as_ref(), lease, report).await;
-        }
-        let status = pusher.status();
-        let below = below_policy(&self.context, &status.below_policy).await;
-        let below = match below {
-            Err(error) if !allow_degraded => return Err(SyncError::Policy(error)),
-            below => below.unwrap_or_else(|_| (*status.below_policy).clone()),
-        };
-        let missing = if below.is_empty() {
-            String::new()
-        } else {
-            status.missing
-        };
-        if !below.is_empty() && !allow_degraded {
-            return Err(SyncError::BelowPolicy {
-                datafiles: below.len(),
-                missing,
-            });
-        }
-        Ok(Synced {
-            head: status.head.datafile.0,
-            below_policy: below.len() as u64,
-            missing,
-        })
     }
 
     /// Drops all local datafiles and everything in memory that may go. Blocking.

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use super::*;
+use crate::control::Synced;
 use crate::filesystem::FsError;
 use crate::fuse::own_caller;
 use crate::namespace::Ino;
