@@ -322,9 +322,8 @@ impl Backends {
             total.push(backend.capacity_bytes);
             free.push(left.min(backend.capacity_bytes));
         }
-        let plain = |bytes: &[u64]| {
-            room_per_shard(bytes, geometry.total()).saturating_mul(geometry.data() as u64)
-        };
+        let plain =
+            |bytes: &[u64]| room_per_shard(bytes, geometry).saturating_mul(geometry.data() as u64);
         (!total.is_empty()).then(|| Room {
             total_bytes: plain(&total),
             left_bytes: plain(&free),

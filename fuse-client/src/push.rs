@@ -276,10 +276,11 @@ impl Worker {
             }
             Done::Committed(batch, result) => self.on_commit_answer(batch, result).await,
             Done::Answered(batch, Ok(records)) => {
+                // Of this attempt, or of an earlier one of this epoch: a sealed datafile never changes.
                 let ours = |record: &EncodingRecord| {
-                    self.stripes
-                        .get(&record.datafile)
-                        .is_some_and(|stripe| stripe.record.salt == record.salt)
+                    self.stripes.get(&record.datafile).is_some_and(|stripe| {
+                        stripe.record.salt == record.salt || stripe.record.epoch == record.epoch
+                    })
                 };
                 let present = records
                     .iter()
@@ -303,7 +304,10 @@ impl Worker {
         self.note_error(&batch, &error);
         match error {
             MetadError::Fenced { current } => self.on_fenced(current).await,
-            MetadError::Unknown(_) => self.step(Event::CommitUnknown(batch)).await,
+            // There already: perhaps by an attempt whose answer was lost.
+            MetadError::Unknown(_) | MetadError::Exists(_) => {
+                self.step(Event::CommitUnknown(batch)).await;
+            }
             MetadError::NoQuorum(_) | MetadError::Unreachable(_) => {
                 self.step(Event::CommitFailed(batch)).await
             }
@@ -417,7 +421,7 @@ impl Worker {
         let (store, ids) = (Arc::clone(&self.context.store), batch.to_vec());
         let marked = tokio::task::spawn_blocking(move || store.mark_pushed(&ids)).await;
         if let Ok(Err(error)) = marked {
-            // The shards are committed; after a restart they are only pushed once more.
+            // The shards are committed; the next mount notes it.
             tracing::warn!(?batch, %error, "cannot note that datafiles are committed");
         }
         let degraded: Vec<&StoredStripe> = stripes

@@ -91,6 +91,7 @@ pub async fn recover(from: RecoverFrom) -> Result<Recovered, MountError> {
     if written_by > from.last_epoch {
         report.set_aside = outrun(&from, &by_id)?;
     }
+    adopt_committed(&from, &by_id)?;
     drop_released(&from, &by_id)?;
     let wanted: Vec<&EncodingRecord> = by_id
         .range(head.recover_from..=head.datafile)
@@ -140,6 +141,39 @@ fn outrun(
     }
     Namespace::reset(&from.dir.names())?;
     Ok(moved)
+}
+
+/// Datafiles whose commit was answered to a process that died before it could note so: they are not pushed again.
+fn adopt_committed(
+    from: &RecoverFrom,
+    records: &BTreeMap<DatafileId, &EncodingRecord>,
+) -> Result<(), MountError> {
+    let committed = |name: &DatafileName| {
+        records
+            .get(&name.id)
+            .is_some_and(|record| record.stream == name.stream && record.epoch <= from.last_epoch)
+    };
+    let names = local_names(&from.media, &from.dir)?;
+    let sealed = names.iter().filter(|name| name.stage == Stage::Sealed);
+    let mut adopted = false;
+    for name in sealed.filter(|name| committed(name)) {
+        let pushed = DatafileName {
+            stage: Stage::Pushed,
+            ..*name
+        };
+        let path = from.dir.datafile(*name);
+        from.media
+            .rename(&path, &from.dir.datafile(pushed))
+            .map_err(|source| state_file("rename", &path, &source))?;
+        adopted = true;
+    }
+    if adopted {
+        let dir = from.dir.datafiles();
+        from.media
+            .sync_dir(&dir)
+            .map_err(|source| state_file("sync directory", &dir, &source))?;
+    }
+    Ok(())
 }
 
 /// Local copies of datafiles that were released since.

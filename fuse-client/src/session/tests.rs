@@ -458,6 +458,40 @@ async fn an_outrun_writer_that_was_killed_keeps_its_data_aside() {
     back.end(soon(), &|_| {}).await.unwrap();
 }
 
+/// A mount was killed after metad had committed a datafile and before it could note so: the next mount pushed it again, metad said that
+/// it was there already, and so on for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_committed_unnoticed_is_not_pushed_again() {
+    let (cluster, temp) = (FakeCluster::new("2+1", 0, 1), tempfile::tempdir().unwrap());
+    let dir = temp.path().join("a");
+    let data = contents(11, 300_000);
+    let session = begin(&cluster, &dir).await;
+    write(&session, "a", &data);
+    sync(&session).await.unwrap();
+    let head = cluster.volume_now().head;
+    session.tasks.cancel();
+    session.pushing.cancel();
+    session.local().stop();
+    drop(session);
+    let mut unnoticed = 0;
+    for entry in std::fs::read_dir(dir.join("datafiles")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|stage| stage == "pushed") {
+            std::fs::rename(&path, path.with_extension("sealed")).unwrap();
+            unnoticed += 1;
+        }
+    }
+    assert!(unnoticed >= 2, "data and journal");
+    let again = begin(&cluster, &dir).await;
+    sync(&again).await.unwrap();
+    assert_eq!(cluster.volume_now().head, head, "nothing was to be pushed");
+    assert!(read(&again, "a").await.unwrap() == data);
+    write(&again, "b", &data);
+    sync(&again).await.unwrap();
+    assert!(cluster.volume_now().head.datafile > head.datafile);
+    again.end(soon(), &|_| {}).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn recovery_begins_at_a_checkpoint_and_the_dead_are_released() {
     let (cluster, temp) = (FakeCluster::new("2+1", 0, 1), tempfile::tempdir().unwrap());
