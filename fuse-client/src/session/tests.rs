@@ -194,7 +194,8 @@ async fn a_dead_location_stops_neither_reads_nor_degraded_pushes() {
     assert!(read(&session, "a").await.unwrap() == data);
     // metad has not noticed yet: the client finds other places by itself.
     write(&session, "b", &data);
-    let refused = sync(&session).await.unwrap_err();
+    let briefly = Instant::now() + Duration::from_secs(2);
+    let refused = session.sync(briefly, false, &|_| {}).await.unwrap_err();
     assert!(
         matches!(refused, SyncError::BelowPolicy { .. }),
         "{refused}"
@@ -208,6 +209,32 @@ async fn a_dead_location_stops_neither_reads_nor_degraded_pushes() {
     for name in ["a", "b", "c"] {
         assert!(read(&session, name).await.unwrap() == data, "{name}");
     }
+    session.stop().await;
+}
+
+/// A sync right after an agent came back was told that the policy does not hold, a moment before it was re-silvered.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sync_waits_for_re_silver_that_is_under_way() {
+    let (cluster, temp) = (FakeCluster::new("4+4", 1, 2), tempfile::tempdir().unwrap());
+    let session = begin(&cluster, temp.path()).await;
+    cluster.set_trouble(&[1, 2, 3, 4], Some(Trouble::Down));
+    write(&session, "a", &contents(3, 100_000));
+    let re_silver = async {
+        loop {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            let mut world = cluster.0.lock();
+            if world.volume.as_ref().unwrap().head.datafile > DatafileId(0) {
+                for record in world.records.values_mut() {
+                    for (shard, backend) in record.shards.iter_mut().zip(1..) {
+                        shard.backend = qsfs_zstor::id::BackendId(backend);
+                    }
+                }
+                return;
+            }
+        }
+    };
+    let (synced, ()) = tokio::join!(sync(&session), re_silver);
+    assert_eq!(synced.unwrap().below_policy, 0);
     session.stop().await;
 }
 
