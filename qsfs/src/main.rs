@@ -1,6 +1,7 @@
 //! `qsfs`: the command line of QSFS. One file per noun; everything that decides something is in the daemons' libraries.
 
 mod agent;
+mod allocator;
 mod backend;
 mod cache;
 mod cli;
@@ -33,6 +34,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    allocator::tune();
     let arguments = cli::Cli::parse();
     daemon::log_to_stderr(&arguments);
     let runtime = match tokio::runtime::Builder::new_multi_thread()
