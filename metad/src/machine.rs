@@ -148,8 +148,7 @@ impl Machine {
             _ => Err(MachineError::Snapshot {
                 path: self.shared.dir.join("snapshot"),
                 reason: format!(
-                    "the state is older than the log, which begins after {purged}, and no snapshot closes the gap: delete this \
-                     node's data directory and join again with a new token"
+                    "the state is older than the log, which begins after {purged}, and no snapshot closes the gap"
                 ),
             }),
         }
@@ -184,8 +183,8 @@ impl Machine {
         read(&State::new(&current.kv))
     }
 
-    /// Applies entries and commits them with the id of the last.
-    pub fn apply(&self, entries: Vec<LogEntry>) -> Result<Vec<Response>, MachineError> {
+    /// Applies entries and commits them with the id of the last. Says as well whether [`Self::relieve`] is due.
+    pub fn apply(&self, entries: Vec<LogEntry>) -> Result<(Vec<Response>, bool), MachineError> {
         // Only this function writes, and openraft calls it from one task: reading before the write lock is safe.
         let (batch, touched, raft, responses) = {
             let current = self.shared.current.read();
@@ -207,8 +206,14 @@ impl Machine {
             let (batch, touched) = state.into_changes();
             (batch, touched, raft, responses)
         };
-        self.commit(batch, touched, raft)?;
-        Ok(responses)
+        let full = self.commit(batch, touched, raft)?;
+        Ok((responses, full))
+    }
+
+    /// Moves the rows that are only in memory so far to the store below.
+    pub fn relieve(&self) -> Result<(), MachineError> {
+        let kv = self.shared.current.read().kv.clone();
+        Ok(kv.relieve()?)
     }
 
     fn commit(
@@ -216,19 +221,19 @@ impl Machine {
         mut batch: Batch,
         touched: Touched,
         raft: RaftRow,
-    ) -> Result<(), MachineError> {
+    ) -> Result<bool, MachineError> {
         batch.insert(RAFT_ROW.to_vec(), Some(crate::state::row::encode(&raft)));
         let mut current = self.shared.current.write();
         if let Some(dump) = self.shared.dump.lock().as_mut() {
             dump.before_commit(&current.kv, &batch)?;
         }
-        current.kv.commit(batch)?;
+        let full = current.kv.commit(batch);
         let applied = raft.applied.map_or(0, |id| id.index);
         current.raft = raft;
         self.shared.touched.lock().merge(touched);
         drop(current);
         self.shared.changed.send_replace(applied);
-        Ok(())
+        Ok(full)
     }
 
     /// Makes what was applied durable.
@@ -264,7 +269,7 @@ fn load_raft_row(kv: &SledKv) -> Result<RaftRow, KvError> {
 }
 
 fn open_generation(state: &Path, generation: u64) -> Result<Current, MachineError> {
-    let kv = SledKv::open(state, generation)?;
+    let kv = SledKv::open_verified(state, generation)?;
     let raft = load_raft_row(&kv)?;
     Ok(Current { kv, raft })
 }
@@ -276,7 +281,10 @@ fn load_generation(state: &Path, generation: u64, path: &Path) -> Result<SledKv,
         std::fs::remove_dir_all(&dir).map_err(MachineError::io("remove", &dir))?;
     }
     let kv = SledKv::open(state, generation)?;
-    snapshot::read_rows(path, |batch| kv.commit(batch))?;
+    snapshot::read_rows(path, |batch| match kv.commit(batch) {
+        true => kv.relieve(),
+        false => Ok(()),
+    })?;
     kv.flush()?;
     durable::store(&DiskMedia, &state.join("current"), &generation)?;
     Ok(kv)

@@ -73,9 +73,14 @@ impl RaftStateMachine<TypeConfig> for Machine {
         I: IntoIterator<Item = LogEntry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let entries: Vec<_> = entries.into_iter().collect();
-        let machine = self.clone();
-        blocking(move || Machine::apply(&machine, entries)).await
+        // In place: it is memory's work, and handing it over would cost more. What reaches the disk is done aside.
+        let applied = Self::apply(self, entries.into_iter().collect());
+        let (responses, full) = applied.map_err(|error| failed(&error))?;
+        if full {
+            let machine = self.clone();
+            blocking(move || machine.relieve()).await?;
+        }
+        Ok(responses)
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {
