@@ -19,12 +19,14 @@ mod tests;
 
 use crate::durable::{self, DurableError};
 use crate::raft::{LogEntry, LogId, Response, StoredMembership};
+use crate::state::command::MemberRow;
 use crate::state::kv::{Batch, Kv, KvError};
 use crate::state::{State, Touched, apply};
 use dump::Dump;
 use openraft::{EntryPayload, RaftLogId};
 use parking_lot::{Mutex, RwLock};
 use qsfs_zdb::media::{DiskMedia, Media};
+use qsfs_zstor::id::MetadId;
 use serde::{Deserialize, Serialize};
 use sled_kv::SledKv;
 use std::path::{Path, PathBuf};
@@ -95,6 +97,8 @@ struct Shared {
     /// Readers see whole batches only: apply commits under the write lock.
     current: RwLock<Current>,
     dump: Mutex<Option<Dump>>,
+    /// Held while the state is copied.
+    copying: Mutex<()>,
     touched: Mutex<Touched>,
     changed: tokio::sync::watch::Sender<u64>,
     incoming: Mutex<u64>,
@@ -131,11 +135,34 @@ impl Machine {
                 dir: dir.to_owned(),
                 current: RwLock::new(current),
                 dump: Mutex::new(None),
+                copying: Mutex::new(()),
                 touched: Mutex::new(Touched::default()),
                 changed: tokio::sync::watch::Sender::new(applied),
                 incoming: Mutex::new(0),
             }),
         })
+    }
+
+    /// A state that begins with the rows of a backup, in a cluster of which only the given member is left.
+    pub fn reborn(
+        dir: &Path,
+        backup: &Path,
+        member: impl FnOnce(MetadId) -> MemberRow,
+    ) -> Result<Self, MachineError> {
+        let state = dir.join("state");
+        for path in [&state, &dir.join("snapshot")] {
+            std::fs::create_dir_all(path).map_err(MachineError::io("create", path))?;
+        }
+        let kv = load_generation(&state, 0, backup)?;
+        let mut changes = State::new(&kv);
+        changes.begin_again(member)?;
+        let (mut batch, _) = changes.into_changes();
+        // The log begins anew: nothing of it is applied, and nobody votes yet.
+        batch.insert(RAFT_ROW.to_vec(), None);
+        kv.commit(batch);
+        kv.flush()?;
+        drop(kv);
+        Self::open(dir)
     }
 
     /// Rebuilds the state from the newest snapshot, if there is one at or after `purged`: the log can do the rest.
@@ -262,7 +289,7 @@ impl Machine {
     }
 }
 
-fn load_raft_row(kv: &SledKv) -> Result<RaftRow, KvError> {
+pub(crate) fn load_raft_row(kv: &SledKv) -> Result<RaftRow, KvError> {
     let value = kv.get(RAFT_ROW)?;
     let row = value.map(|value| crate::state::row::decode(RAFT_ROW, &value));
     Ok(row.transpose()?.unwrap_or_default())

@@ -270,6 +270,14 @@ pub(crate) async fn start(
     })
 }
 
+/// Log and state of a node that does not run.
+pub(crate) fn open_stopped(
+    path: &std::path::Path,
+    cluster: ClusterId,
+) -> Result<(LogStore, Machine), NodeError> {
+    open(path, cluster, true)
+}
+
 fn open(
     path: &std::path::Path,
     cluster: ClusterId,
@@ -321,6 +329,12 @@ pub(crate) async fn run(
             Err(NodeError::Stopped) => return Ok(()),
             opened => opened?,
         };
+    let stop = shutdown.child_token();
+    let backing_up = tokio::spawn(crate::backup::run(
+        core.machine.clone(),
+        dir.path().to_owned(),
+        stop.clone(),
+    ));
     let remembering = tokio::spawn(remember_peers(
         core.raft.clone(),
         dir.path().to_owned(),
@@ -328,6 +342,10 @@ pub(crate) async fn run(
     ));
     let ended = serve(&core, &node, (&identity, authority), listener, &shutdown).await;
     remembering.abort();
+    stop.cancel();
+    if let Err(error) = backing_up.await {
+        tracing::warn!(%error, "the task that backs up failed");
+    }
     if let Err(error) = core.raft.shutdown().await {
         tracing::warn!(%error, "raft did not stop cleanly");
     }

@@ -6,7 +6,7 @@ use crate::raft::{LogEntry, LogId, Vote};
 use openraft::RaftLogId;
 use qsfs_zdb::datafile::{
     Datafile, DatafileHeader, DatafileReader, FRAME_HEADER_BYTES, FrameParts, FrameView,
-    SyncHandle, Tail,
+    ScanReport, SyncHandle, Tail,
 };
 use qsfs_zdb::media::Media;
 use std::collections::{BTreeMap, VecDeque};
@@ -378,6 +378,64 @@ fn open_segment(
     match trouble {
         Some(error) => Err(error),
         None => Ok(datafile),
+    }
+}
+
+/// Every segment and what stands in it; nothing is changed.
+pub fn inspect(media: &Arc<dyn Media>, dir: &Path) -> Result<Vec<(PathBuf, String)>, LogError> {
+    let mut found = Vec::new();
+    if !media.exists(dir) {
+        return Ok(found);
+    }
+    let names = media.list(dir).map_err(|source| LogError::Io {
+        step: "list",
+        path: dir.to_owned(),
+        source,
+    })?;
+    for name in names {
+        let Some(id) = name
+            .strip_suffix(".log")
+            .and_then(|id| u64::from_str_radix(id, 16).ok())
+        else {
+            continue;
+        };
+        let path = segment_path(dir, id);
+        let mut slots = BTreeMap::new();
+        let mut trouble = None;
+        let mut visit = |frame: FrameView<'_>| {
+            if let Err(error) = replay(&path, id, frame, &mut slots) {
+                trouble.get_or_insert(error);
+            }
+        };
+        let read = Datafile::inspect(media, &path, header(id), &mut visit);
+        let text = match (read, trouble) {
+            (Err(error), _) => format!("DAMAGED: {error}"),
+            (_, Some(error)) => format!("DAMAGED: {error}"),
+            (Ok((_, report)), None) => describe(&report, &slots),
+        };
+        found.push((path, text));
+    }
+    Ok(found)
+}
+
+fn describe(report: &ScanReport, slots: &BTreeMap<u64, Slot>) -> String {
+    let ends = (slots.first_key_value(), slots.last_key_value());
+    let entries = match ends {
+        (Some((_, first)), Some((_, last))) => format!("entries {} to {}", first.id, last.id),
+        _ => "no entries".to_owned(),
+    };
+    match report.damaged.first() {
+        Some(damage) => format!(
+            "DAMAGED at byte {} ({} bytes); {entries}",
+            damage.offset, damage.bytes
+        ),
+        None if report.torn_bytes_cut > 0 => {
+            format!(
+                "{entries}; {} torn bytes at the end, never acknowledged",
+                report.torn_bytes_cut
+            )
+        }
+        None => format!("whole: {entries}"),
     }
 }
 

@@ -238,6 +238,12 @@ impl DataDir {
         new: &NodeFile,
         identity: &Identity,
     ) -> Result<(), NodeError> {
+        self.set_aside(old)?;
+        self.become_node(new, identity)
+    }
+
+    /// Sets log, state and snapshots aside, and forgets the peers.
+    pub fn set_aside(&self, old: &NodeFile) -> Result<(), NodeError> {
         let aside = self.path.join(DAMAGED_DIR);
         let own = aside.join(old.id.to_string());
         if aside.exists() && !own.exists() {
@@ -253,7 +259,11 @@ impl DataDir {
             }
         }
         // The new node has not taken part yet: an empty log is what it should have.
-        remove_file(&self.path.join(PEERS_FILE))?;
+        remove_file(&self.path.join(PEERS_FILE))
+    }
+
+    /// From now on another node lives here.
+    pub fn become_node(&self, new: &NodeFile, identity: &Identity) -> Result<(), NodeError> {
         identity.save(&self.path.join(IDENTITY_DIR))?;
         let text = toml::to_string(new).expect("plain fields always encode");
         self.write_private(NODE_FILE, text.as_bytes())?;
@@ -278,7 +288,7 @@ fn remove_file(path: &Path) -> Result<(), NodeError> {
     }
 }
 
-const OWN_NAMES: [&str; 9] = [
+const OWN_NAMES: [&str; 11] = [
     "lock",
     NODE_FILE,
     "node.toml.new",
@@ -288,4 +298,7 @@ const OWN_NAMES: [&str; 9] = [
     "log",
     "state",
     "snapshot",
+    // Who is restored may find here what was saved of an earlier node.
+    "backups",
+    DAMAGED_DIR,
 ];

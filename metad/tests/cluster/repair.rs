@@ -46,8 +46,17 @@ fn segment(node: &Node) -> PathBuf {
     found.pop().unwrap()
 }
 
-/// Damages a follower, starts it, and waits until three vote again, it under a new id; then it must carry a majority.
-async fn heals_after(damage: impl Fn(&Node)) {
+/// Who the node is after it was damaged.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Comes {
+    /// Its own log led to the state again.
+    Back,
+    /// It was renewed by its peers.
+    AsAnother,
+}
+
+/// Damages a follower, starts it, and waits until three vote again; then it must carry a majority.
+async fn heals_after(damage: impl Fn(&Node), comes: Comes) {
     let mut cluster = start().await;
     for number in 0..20 {
         add_token(&cluster, number).await;
@@ -63,13 +72,11 @@ async fn heals_after(damage: impl Fn(&Node)) {
     let deadline = Instant::now() + DEADLINE;
     loop {
         let found = member(&cluster, &address).await;
-        if found.is_some_and(|m| m.id != old && m.voter && m.healthy) {
+        let expected = |m: &Member| (m.id != old) == (comes == Comes::AsAnother);
+        if found.is_some_and(|m| expected(&m) && m.voter && m.healthy) {
             break;
         }
-        assert!(
-            Instant::now() < deadline,
-            "it did not come back under a new id"
-        );
+        assert!(Instant::now() < deadline, "it did not come back");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert_eq!(
@@ -87,17 +94,46 @@ async fn heals_after(damage: impl Fn(&Node)) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rot_in_the_middle_of_the_log_is_healed_by_the_peers() {
-    heals_after(|node| flip(&segment(node), |used| used / 2)).await;
+    heals_after(
+        |node| flip(&segment(node), |used| used / 2),
+        Comes::AsAnother,
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rotten_vote_is_healed_by_the_peers() {
-    heals_after(|node| flip(&node.data.join("log/vote"), |used| used)).await;
+    heals_after(
+        |node| flip(&node.data.join("log/vote"), |used| used),
+        Comes::AsAnother,
+    )
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_log_is_healed_by_the_peers() {
-    heals_after(|node| std::fs::remove_dir_all(node.data.join("log")).unwrap()).await;
+    heals_after(
+        |node| std::fs::remove_dir_all(node.data.join("log")).unwrap(),
+        Comes::AsAnother,
+    )
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_state_is_made_again_from_the_nodes_own_log() {
+    let lose = |node: &Node| std::fs::remove_dir_all(node.data.join("state")).unwrap();
+    heals_after(lose, Comes::Back).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rotten_state_is_made_again_from_the_nodes_own_log() {
+    let rot = |node: &Node| {
+        let db = node.data.join("state/00000000/db");
+        for part in [0, 3, 5, 7] {
+            flip(&db, |used| used * part / 8);
+        }
+    };
+    heals_after(rot, Comes::Back).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
