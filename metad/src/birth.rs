@@ -163,7 +163,7 @@ pub async fn serve_on(
 }
 
 /// The address others use: one that can be dialled.
-fn advertised(listen: &str, advertise: Option<&str>) -> Result<String, NodeError> {
+pub(crate) fn advertised(listen: &str, advertise: Option<&str>) -> Result<String, NodeError> {
     let address = advertise.unwrap_or(listen);
     let split = address.rsplit_once(':');
     let port = split.and_then(|(_, port)| port.parse::<u16>().ok());

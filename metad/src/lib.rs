@@ -10,8 +10,11 @@
 //! - [`plan`]: verdicts, rebuilds, deletions, pure
 //! - [`log`], [`machine`]: what Raft keeps on disk
 //! - [`node`]: the shell; [`bootstrap`], [`join`] and [`serve`] are its doors
+//! - [`mod@backup`], [`restore`], [`recover`], [`mod@inspect`]: before and after a disaster
 
+pub mod backup;
 pub mod durable;
+pub mod inspect;
 pub mod log;
 pub mod machine;
 pub mod node;
@@ -22,7 +25,12 @@ pub mod raft;
 pub mod state;
 
 mod birth;
+mod rebirth;
 
 pub use birth::{bootstrap, join, serve, serve_on};
 pub use node::NodeError;
-pub use options::{BootstrapOptions, Bootstrapped, JoinOptions, Joined, ServeOptions};
+pub use options::{
+    BootstrapOptions, Bootstrapped, JoinOptions, Joined, RecoverOptions, Recovery, RestoreOptions,
+    Restored, ServeOptions,
+};
+pub use rebirth::{recover, restore};

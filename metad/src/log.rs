@@ -7,7 +7,8 @@
 //!
 //! Invariants: indexes are consecutive from the one after `purged`; a segment is begun only after the one before it is durable, so a
 //! torn tail can only be in the last one; only a prefix of the segments is ever deleted; `purged` is durable before that;
-//! an append is reported flushed only after its bytes are. Damage in the middle is never cut: the log refuses to open.
+//! an append is reported flushed only after its bytes are. Damage in the middle is never cut: the log refuses to open
+//! (and the node is renewed from its peers, `node/renewal.rs`).
 
 pub mod segments;
 pub mod storage;
@@ -42,8 +43,8 @@ pub enum LogError {
     },
     /// Bytes that were durable do not verify.
     #[error(
-        "raft log: {path} is damaged at byte {offset} ({bytes} bytes). Entries that this node acknowledged are gone, so it must \
-         not vote with this data: delete its data directory and join again with a new token", path = path.display()
+        "raft log: {path} is damaged at byte {offset} ({bytes} bytes): entries that this node acknowledged are gone, so it must \
+         not vote with this data", path = path.display()
     )]
     Damaged {
         /// Segment.
@@ -65,14 +66,21 @@ pub enum LogError {
     },
     /// Entries are missing between others.
     #[error(
-        "raft log: entry {missing} is missing before entry {next}: delete the data directory of this node and join again with a new \
-         token"
+        "raft log: entry {missing} is missing before entry {next}: entries that this node acknowledged are gone"
     )]
     Hole {
         /// First missing index.
         missing: u64,
         /// The one after the hole.
         next: u64,
+    },
+    /// A node that took part has no vote.
+    #[error(
+        "raft log: {path} is gone though this node took part in the cluster: what it promised is forgotten", path = path.display()
+    )]
+    Gone {
+        /// The vote.
+        path: PathBuf,
     },
     /// The thread that syncs is gone.
     #[error("raft log: the syncing thread ended")]

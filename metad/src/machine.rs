@@ -19,12 +19,14 @@ mod tests;
 
 use crate::durable::{self, DurableError};
 use crate::raft::{LogEntry, LogId, Response, StoredMembership};
+use crate::state::command::MemberRow;
 use crate::state::kv::{Batch, Kv, KvError};
 use crate::state::{State, Touched, apply};
 use dump::Dump;
 use openraft::{EntryPayload, RaftLogId};
 use parking_lot::{Mutex, RwLock};
 use qsfs_zdb::media::{DiskMedia, Media};
+use qsfs_zstor::id::MetadId;
 use serde::{Deserialize, Serialize};
 use sled_kv::SledKv;
 use std::path::{Path, PathBuf};
@@ -95,6 +97,8 @@ struct Shared {
     /// Readers see whole batches only: apply commits under the write lock.
     current: RwLock<Current>,
     dump: Mutex<Option<Dump>>,
+    /// Held while the state is copied.
+    copying: Mutex<()>,
     touched: Mutex<Touched>,
     changed: tokio::sync::watch::Sender<u64>,
     incoming: Mutex<u64>,
@@ -131,11 +135,34 @@ impl Machine {
                 dir: dir.to_owned(),
                 current: RwLock::new(current),
                 dump: Mutex::new(None),
+                copying: Mutex::new(()),
                 touched: Mutex::new(Touched::default()),
                 changed: tokio::sync::watch::Sender::new(applied),
                 incoming: Mutex::new(0),
             }),
         })
+    }
+
+    /// A state that begins with the rows of a backup, in a cluster of which only the given member is left.
+    pub fn reborn(
+        dir: &Path,
+        backup: &Path,
+        member: impl FnOnce(MetadId) -> MemberRow,
+    ) -> Result<Self, MachineError> {
+        let state = dir.join("state");
+        for path in [&state, &dir.join("snapshot")] {
+            std::fs::create_dir_all(path).map_err(MachineError::io("create", path))?;
+        }
+        let kv = load_generation(&state, 0, backup)?;
+        let mut changes = State::new(&kv);
+        changes.begin_again(member)?;
+        let (mut batch, _) = changes.into_changes();
+        // The log begins anew: nothing of it is applied, and nobody votes yet.
+        batch.insert(RAFT_ROW.to_vec(), None);
+        kv.commit(batch);
+        kv.flush()?;
+        drop(kv);
+        Self::open(dir)
     }
 
     /// Rebuilds the state from the newest snapshot, if there is one at or after `purged`: the log can do the rest.
@@ -148,8 +175,7 @@ impl Machine {
             _ => Err(MachineError::Snapshot {
                 path: self.shared.dir.join("snapshot"),
                 reason: format!(
-                    "the state is older than the log, which begins after {purged}, and no snapshot closes the gap: delete this \
-                     node's data directory and join again with a new token"
+                    "the state is older than the log, which begins after {purged}, and no snapshot closes the gap"
                 ),
             }),
         }
@@ -184,8 +210,8 @@ impl Machine {
         read(&State::new(&current.kv))
     }
 
-    /// Applies entries and commits them with the id of the last.
-    pub fn apply(&self, entries: Vec<LogEntry>) -> Result<Vec<Response>, MachineError> {
+    /// Applies entries and commits them with the id of the last. Says as well whether [`Self::relieve`] is due.
+    pub fn apply(&self, entries: Vec<LogEntry>) -> Result<(Vec<Response>, bool), MachineError> {
         // Only this function writes, and openraft calls it from one task: reading before the write lock is safe.
         let (batch, touched, raft, responses) = {
             let current = self.shared.current.read();
@@ -207,8 +233,14 @@ impl Machine {
             let (batch, touched) = state.into_changes();
             (batch, touched, raft, responses)
         };
-        self.commit(batch, touched, raft)?;
-        Ok(responses)
+        let full = self.commit(batch, touched, raft)?;
+        Ok((responses, full))
+    }
+
+    /// Moves the rows that are only in memory so far to the store below.
+    pub fn relieve(&self) -> Result<(), MachineError> {
+        let kv = self.shared.current.read().kv.clone();
+        Ok(kv.relieve()?)
     }
 
     fn commit(
@@ -216,19 +248,19 @@ impl Machine {
         mut batch: Batch,
         touched: Touched,
         raft: RaftRow,
-    ) -> Result<(), MachineError> {
+    ) -> Result<bool, MachineError> {
         batch.insert(RAFT_ROW.to_vec(), Some(crate::state::row::encode(&raft)));
         let mut current = self.shared.current.write();
         if let Some(dump) = self.shared.dump.lock().as_mut() {
             dump.before_commit(&current.kv, &batch)?;
         }
-        current.kv.commit(batch)?;
+        let full = current.kv.commit(batch);
         let applied = raft.applied.map_or(0, |id| id.index);
         current.raft = raft;
         self.shared.touched.lock().merge(touched);
         drop(current);
         self.shared.changed.send_replace(applied);
-        Ok(())
+        Ok(full)
     }
 
     /// Makes what was applied durable.
@@ -257,14 +289,14 @@ impl Machine {
     }
 }
 
-fn load_raft_row(kv: &SledKv) -> Result<RaftRow, KvError> {
+pub(crate) fn load_raft_row(kv: &SledKv) -> Result<RaftRow, KvError> {
     let value = kv.get(RAFT_ROW)?;
     let row = value.map(|value| crate::state::row::decode(RAFT_ROW, &value));
     Ok(row.transpose()?.unwrap_or_default())
 }
 
 fn open_generation(state: &Path, generation: u64) -> Result<Current, MachineError> {
-    let kv = SledKv::open(state, generation)?;
+    let kv = SledKv::open_verified(state, generation)?;
     let raft = load_raft_row(&kv)?;
     Ok(Current { kv, raft })
 }
@@ -276,7 +308,10 @@ fn load_generation(state: &Path, generation: u64, path: &Path) -> Result<SledKv,
         std::fs::remove_dir_all(&dir).map_err(MachineError::io("remove", &dir))?;
     }
     let kv = SledKv::open(state, generation)?;
-    snapshot::read_rows(path, |batch| kv.commit(batch))?;
+    snapshot::read_rows(path, |batch| match kv.commit(batch) {
+        true => kv.relieve(),
+        false => Ok(()),
+    })?;
     kv.flush()?;
     durable::store(&DiskMedia, &state.join("current"), &generation)?;
     Ok(kv)

@@ -14,6 +14,7 @@ pub mod datadir;
 pub mod leader;
 pub mod members;
 pub mod network;
+mod renewal;
 pub mod service;
 pub mod soft;
 pub mod status;
@@ -40,12 +41,17 @@ use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-/// Between heartbeats of the leader.
-const HEARTBEAT_MS: u64 = 250;
-/// Silence after which a follower asks for votes, at least and at most.
-const ELECTION_MS: (u64, u64) = (1_000, 2_000);
+/// Between heartbeats of the leader, and the deadline of one message to a follower.
+const HEARTBEAT_MS: u64 = 150;
+/// A follower asks for votes after silence of the second (openraft's lease of a leader) and a time between the two, drawn at
+/// its start: 750 to 900 ms, five missed heartbeats at least, so that a dead leader is replaced within about a second.
+const ELECTION_MS: (u64, u64) = (300, 450);
 /// Entries after which a snapshot is taken.
 const SNAPSHOT_ENTRIES: u64 = 20_000;
+/// Log bytes after which a snapshot is taken: entries that carry many proposals are large.
+const SNAPSHOT_BYTES: u64 = 64 << 20;
+/// Between two looks at them.
+const SNAPSHOT_LOOK: std::time::Duration = std::time::Duration::from_secs(1);
 /// Entries kept behind a snapshot for followers that are a little late.
 const KEPT_ENTRIES: u64 = 2_000;
 
@@ -141,6 +147,18 @@ pub enum NodeError {
     /// The server.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// Damaged, and nobody to ask.
+    #[error(
+        "the log or state in {path} is damaged and no peer is known that could replace it: restore a backup with `qsfs metad restore`",
+        path = path.display()
+    )]
+    Alone {
+        /// Directory.
+        path: PathBuf,
+    },
+    /// Ended while it waited for its peers.
+    #[error("ended before the peers took this node back; start it again and it goes on")]
+    Stopped,
     /// Raft stopped.
     #[error("raft stopped: {0}")]
     Raft(String),
@@ -151,6 +169,7 @@ pub(crate) struct Core {
     pub(crate) raft: Raft,
     pub(crate) machine: Machine,
     pub(crate) network: Network,
+    pub(crate) log: LogStore,
 }
 
 fn raft_config() -> Arc<Config> {
@@ -170,6 +189,58 @@ fn raft_config() -> Arc<Config> {
     Arc::new(config.validate().expect("the constants above agree"))
 }
 
+/// Starts on what is there; if that is damaged, on what the peers give.
+async fn open_or_renew(
+    dir: &DataDir,
+    node: NodeFile,
+    identity: Identity,
+    authority: &CertificateAuthority,
+    shutdown: &CancellationToken,
+) -> Result<(NodeFile, Identity, Core), NodeError> {
+    if !dir.is_renewing() {
+        match start(dir, &node, &identity).await {
+            Ok(core) => return Ok((node, identity, core)),
+            Err(error) if renewal::is_damage(&error) => {
+                tracing::error!(%error, "damaged");
+                dir.begin_renewal(&error.to_string())?;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    let (node, identity) = renewal::renew(dir, &node, authority, shutdown).await?;
+    let core = start(dir, &node, &identity).await?;
+    Ok((node, identity, core))
+}
+
+/// Keeps on disk where the other nodes are, for when this one has lost everything else.
+async fn remember_peers(raft: Raft, path: PathBuf, own: u64) {
+    let mut metrics = raft.server_metrics();
+    let mut kept = Vec::new();
+    loop {
+        let peers: Vec<String> = {
+            let metrics = metrics.borrow_and_update();
+            let nodes = metrics.membership_config.nodes();
+            nodes
+                .filter(|(id, _)| **id != own)
+                .map(|(_, node)| node.addr.clone())
+                .collect()
+        };
+        if peers != kept {
+            let (path, stored) = (path.clone(), peers.clone());
+            let written =
+                tokio::task::spawn_blocking(move || DataDir::keep_peers(&path, &stored)).await;
+            match written {
+                Ok(Ok(())) => kept = peers,
+                Ok(Err(error)) => tracing::warn!(%error, "where the peers are is not kept"),
+                Err(_) => return,
+            }
+        }
+        if metrics.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 /// Opens log and state and starts Raft.
 pub(crate) async fn start(
     dir: &DataDir,
@@ -178,14 +249,15 @@ pub(crate) async fn start(
 ) -> Result<Core, NodeError> {
     let path = dir.path().to_owned();
     let cluster = node.cluster;
-    let opened = tokio::task::spawn_blocking(move || open(&path, cluster)).await;
+    let took_part = !dir.peers()?.is_empty();
+    let opened = tokio::task::spawn_blocking(move || open(&path, cluster, took_part)).await;
     let (log, machine) = opened.map_err(|error| NodeError::Raft(error.to_string()))??;
     let network = Network::new(identity.clone(), node.id);
     let raft = Raft::new(
         node.id.0,
         raft_config(),
         network.clone(),
-        log,
+        log.clone(),
         machine.clone(),
     )
     .await
@@ -194,11 +266,25 @@ pub(crate) async fn start(
         raft,
         machine,
         network,
+        log,
     })
 }
 
-fn open(path: &std::path::Path, cluster: ClusterId) -> Result<(LogStore, Machine), NodeError> {
+/// Log and state of a node that does not run.
+pub(crate) fn open_stopped(
+    path: &std::path::Path,
+    cluster: ClusterId,
+) -> Result<(LogStore, Machine), NodeError> {
+    open(path, cluster, true)
+}
+
+fn open(
+    path: &std::path::Path,
+    cluster: ClusterId,
+    took_part: bool,
+) -> Result<(LogStore, Machine), NodeError> {
     let log = LogStore::open(Arc::new(DiskMedia), &path.join("log"))?;
+    log.check_vote(took_part)?;
     let machine = Machine::open(path)?;
     let found = machine.read(|state| state.cluster());
     if let Some(found) = found.map_err(MachineError::from)?
@@ -238,8 +324,28 @@ pub(crate) async fn run(
                 source,
             })?,
     };
-    let core = start(&dir, &node, &identity).await?;
+    let (node, identity, core) =
+        match open_or_renew(&dir, node, identity, &authority, &shutdown).await {
+            Err(NodeError::Stopped) => return Ok(()),
+            opened => opened?,
+        };
+    let stop = shutdown.child_token();
+    let backing_up = tokio::spawn(crate::backup::run(
+        core.machine.clone(),
+        dir.path().to_owned(),
+        stop.clone(),
+    ));
+    let remembering = tokio::spawn(remember_peers(
+        core.raft.clone(),
+        dir.path().to_owned(),
+        node.id.0,
+    ));
     let ended = serve(&core, &node, (&identity, authority), listener, &shutdown).await;
+    remembering.abort();
+    stop.cancel();
+    if let Err(error) = backing_up.await {
+        tracing::warn!(%error, "the task that backs up failed");
+    }
     if let Err(error) = core.raft.shutdown().await {
         tracing::warn!(%error, "raft did not stop cleanly");
     }
@@ -266,6 +372,7 @@ async fn serve(
         Arc::clone(&soft),
         stop.clone(),
     ));
+    let bounding = tokio::spawn(bound_log(core.raft.clone(), core.log.clone(), stop.clone()));
     let service = Arc::new(Service::new(
         consensus,
         Arc::clone(&soft),
@@ -284,7 +391,30 @@ async fn serve(
     if let Err(error) = leader.await {
         tracing::warn!(%error, "the leader task failed");
     }
+    if let Err(error) = bounding.await {
+        tracing::warn!(%error, "the task that bounds the log failed");
+    }
     ended
+}
+
+/// Takes a snapshot, which lets the log be cut, whenever so many bytes were appended; [`SNAPSHOT_ENTRIES`] is openraft's to watch.
+async fn bound_log(raft: Raft, log: LogStore, stop: CancellationToken) {
+    let mut snapshot_at = 0;
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(SNAPSHOT_LOOK) => {}
+            () = stop.cancelled() => return,
+        }
+        let appended = log.appended_bytes();
+        if appended - snapshot_at < SNAPSHOT_BYTES {
+            continue;
+        }
+        snapshot_at = appended;
+        if let Err(error) = raft.trigger().snapshot().await {
+            tracing::warn!(%error, "no snapshot was begun");
+            return;
+        }
+    }
 }
 
 /// Returns when Raft gives up, which a failed disk makes it do.

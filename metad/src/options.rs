@@ -1,5 +1,6 @@
 //! What a person asks for: `qsfs metad bootstrap`, `join`, `serve`.
 
+use crate::backup::BackupFacts;
 use qsfs_proto::api::ClusterSettings;
 use qsfs_proto::context::Context;
 use qsfs_proto::token::JoinToken;
@@ -61,6 +62,59 @@ pub struct JoinOptions {
 pub struct Joined {
     /// Its Raft id.
     pub id: MetadId,
+}
+
+/// Options of [`restore`](fn@crate::restore).
+#[derive(Debug, Clone)]
+pub struct RestoreOptions {
+    /// The backup; the authority's key is beside it ([`crate::backup::key_path`]).
+    pub backup: PathBuf,
+    /// Name of the first metad.
+    pub name: NodeName,
+    /// Its location.
+    pub location: LocationName,
+    /// `host:port` to listen on.
+    pub listen: String,
+    /// `host:port` by which others reach it, when that differs.
+    pub advertise: Option<String>,
+    /// Data directory; made when missing, else it must be empty.
+    pub data: PathBuf,
+}
+
+/// A cluster that begins again.
+#[derive(Debug)]
+pub struct Restored {
+    /// For its admin.
+    pub context: Context,
+    /// For the other metads. Single use.
+    pub tokens: Vec<JoinToken>,
+    /// What it begins with.
+    pub facts: BackupFacts,
+}
+
+/// Options of [`recover`](fn@crate::recover).
+#[derive(Debug, Clone)]
+pub struct RecoverOptions {
+    /// Data directory of the stopped survivor.
+    pub data: PathBuf,
+    /// Do it; otherwise only say what would happen.
+    pub apply: bool,
+}
+
+/// What a recovery would do, or did.
+#[derive(Debug)]
+pub enum Recovery {
+    /// Nothing was changed.
+    Plan {
+        /// The survivor.
+        name: NodeName,
+        /// Newest entry it holds.
+        applied: u64,
+        /// Term of that entry.
+        term: u64,
+    },
+    /// The survivor is the first node of the cluster now.
+    Done(Box<Restored>),
 }
 
 /// Options of [`serve`](fn@crate::serve).

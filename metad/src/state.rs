@@ -68,9 +68,10 @@ impl Touched {
     }
 
     /// Adds what `other` holds.
-    pub fn merge(&mut self, mut other: Self) {
-        self.records.append(&mut other.records);
-        self.backends.append(&mut other.backends);
+    pub fn merge(&mut self, other: Self) {
+        // Not `append`: that rebuilds the whole set for the few names an entry adds.
+        self.records.extend(other.records);
+        self.backends.extend(other.backends);
         self.volumes |= other.volumes;
         self.settings |= other.settings;
         self.tombstones |= other.tombstones;
@@ -173,7 +174,8 @@ impl<K: Kv> State<K> {
     }
 
     fn keep_entry(&mut self) {
-        self.batch.append(&mut self.entry);
+        // Not `append`: that rebuilds the whole batch for the few rows of an entry.
+        self.batch.extend(std::mem::take(&mut self.entry));
         self.touched.merge(std::mem::take(&mut self.entry_touched));
     }
 
@@ -188,6 +190,16 @@ impl<K: Kv> State<K> {
 /// A retry of a request that was applied gets the first answer. A refusal changes nothing but log time and
 /// the session. An error is the store's, never the command's: the caller must stop applying.
 pub fn apply<K: Kv>(state: &mut State<K>, entry: &Entry) -> Result<Outcome, KvError> {
+    match &entry.command {
+        Command::Group(entries) => {
+            let outcomes = entries.iter().map(|entry| apply_one(state, entry));
+            Ok(Ok(Reply::Group(outcomes.collect::<Result<_, _>>()?)))
+        }
+        _ => apply_one(state, entry),
+    }
+}
+
+fn apply_one<K: Kv>(state: &mut State<K>, entry: &Entry) -> Result<Outcome, KvError> {
     let now_ms = settings::advance_time(state, entry.time_ms)?;
     sessions::sweep(state, now_ms)?;
     state.keep_entry();
@@ -228,6 +240,7 @@ fn run<K: Kv>(state: &mut State<K>, command: &Command, now_ms: u64) -> Result<Re
         Command::OrderDeletes(places) => tombstones::order(state, places, now_ms),
         Command::ShardDeleted(place) => tombstones::deleted(state, place),
         Command::ReapVolume(volume) => volumes::reap(state, *volume, now_ms),
+        Command::Group(_) => Err(MetadError::Invalid("a group within a group".into()).into()),
     }
 }
 

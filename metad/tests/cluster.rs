@@ -1,6 +1,9 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 //! Three metads over real sockets and TLS, in one process; each on a runtime of its own, so that one can be dropped at once.
 
+#[path = "cluster/repair.rs"]
+mod repair;
+
 use qsfs_metad::{
     BootstrapOptions, JoinOptions, NodeError, ServeOptions, bootstrap, join, serve_on,
 };

@@ -64,7 +64,8 @@ impl Default for Timing {
             read: Duration::from_secs(15),
             mutation: Duration::from_secs(30),
             backoff: Duration::from_millis(20),
-            backoff_max: Duration::from_secs(1),
+            // A new leader is there within about a second: whoever waits much longer between rounds misses it.
+            backoff_max: Duration::from_millis(200),
         }
     }
 }

@@ -83,7 +83,9 @@ async fn ask_around(
     // Ends at the deadline.
     for step in 0_usize.. {
         if step > 0 && step.is_multiple_of(token.endpoints().len() + 1) {
-            sleep(ROUND_PAUSE.mul_f64(rand::rng().random_range(0.5..1.5))).await;
+            // Drawn before the wait: the generator must not be held over it.
+            let pause = ROUND_PAUSE.mul_f64(rand::rng().random_range(0.5..1.5));
+            sleep(pause).await;
         }
         if Instant::now() >= deadline {
             break;

@@ -1,5 +1,7 @@
 //! `qsfs metad`: the metadata service.
 
+mod keep;
+
 use crate::session::Session;
 use crate::table::{Table, print, print_json};
 use crate::token::TokenArgument;
@@ -42,6 +44,8 @@ pub(crate) enum MetadCommand {
         #[arg(long)]
         data: PathBuf,
     },
+    #[command(flatten)]
+    Keep(keep::KeepCommand),
     /// List the metad nodes
     Members {
         /// As JSON
@@ -153,6 +157,7 @@ pub(crate) async fn run(command: MetadCommand, cluster: Option<&Path>) -> anyhow
             serve(data).await
         }
         MetadCommand::Serve { data } => serve(data).await,
+        MetadCommand::Keep(command) => keep::run(command, cluster).await,
         MetadCommand::Members { json } => members(&Session::open(cluster)?, json).await,
         MetadCommand::Settings { settings, json } => {
             show_settings(&Session::open(cluster)?, &settings, json).await

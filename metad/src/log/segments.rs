@@ -4,7 +4,10 @@ use super::LogError;
 use crate::durable;
 use crate::raft::{LogEntry, LogId, Vote};
 use openraft::RaftLogId;
-use qsfs_zdb::datafile::{Datafile, DatafileHeader, DatafileReader, FrameView, SyncHandle, Tail};
+use qsfs_zdb::datafile::{
+    Datafile, DatafileHeader, DatafileReader, FRAME_HEADER_BYTES, FrameParts, FrameView,
+    ScanReport, SyncHandle, Tail,
+};
 use qsfs_zdb::media::Media;
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -83,6 +86,7 @@ pub struct Segments {
     cache: Cache,
     purged: Option<LogId>,
     segment_bytes: u64,
+    appended_bytes: u64,
 }
 
 impl Segments {
@@ -126,8 +130,16 @@ impl Segments {
             }
         }
         let active = match active {
-            Some(active) => active,
-            None => create_segment(&media, dir, ids.last().map_or(1, |last| last + 1))?,
+            Some(mut active) => {
+                reserve(&mut active, segment_bytes);
+                active
+            }
+            None => create_segment(
+                &media,
+                dir,
+                ids.last().map_or(1, |last| last + 1),
+                segment_bytes,
+            )?,
         };
         if let Some(purged) = purged {
             slots = slots.split_off(&(purged.index + 1));
@@ -142,21 +154,56 @@ impl Segments {
             cache: Cache::default(),
             purged,
             segment_bytes,
+            appended_bytes: 0,
         })
+    }
+
+    /// Encoded bytes appended since it was opened.
+    pub fn appended_bytes(&self) -> u64 {
+        self.appended_bytes
     }
 
     /// Appends entries; they are readable at once and durable after the returned handle was synced.
     pub fn append(&mut self, entries: Vec<LogEntry>) -> Result<SyncHandle, LogError> {
+        let mut waiting: Vec<(LogEntry, Vec<u8>)> = Vec::with_capacity(entries.len());
+        let mut bytes = 0;
         for entry in entries {
-            if self.active.len() >= self.segment_bytes {
+            if self.active.len() + bytes >= self.segment_bytes {
+                self.write(std::mem::take(&mut waiting))?;
+                bytes = 0;
                 self.roll()?;
             }
-            let body = postcard::to_stdvec(&entry).expect("plain data types always encode");
-            let offset = self.active.append(KIND_ENTRY, &[&[ENTRY_VERSION], &body])?;
+            let body = postcard::to_extend(&entry, vec![ENTRY_VERSION])
+                .expect("plain data types always encode");
+            bytes += body.len() as u64 + FRAME_HEADER_BYTES;
+            waiting.push((entry, body));
+        }
+        self.write(waiting)?;
+        Ok(self.active.sync_handle())
+    }
+
+    /// All with one write, into the active segment.
+    fn write(&mut self, entries: Vec<(LogEntry, Vec<u8>)>) -> Result<(), LogError> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let bodies: Vec<[&[u8]; 1]> = entries.iter().map(|(_, body)| [body.as_slice()]).collect();
+        let frames: Vec<_> = bodies
+            .iter()
+            .map(|parts| FrameParts {
+                kind: KIND_ENTRY,
+                prefix: &[],
+                parts,
+            })
+            .collect();
+        let offsets = self.active.append_batch(&frames)?;
+        let segment = self.active.header().id;
+        for ((entry, body), offset) in entries.into_iter().zip(offsets) {
             let id = *entry.get_log_id();
-            let bytes = u32::try_from(body.len() + 1).expect("frames are at most 64 MiB");
+            let bytes = u32::try_from(body.len()).expect("frames are at most 64 MiB");
+            self.appended_bytes += u64::from(bytes);
             let slot = Slot {
-                segment: self.active.header().id,
+                segment,
                 offset,
                 bytes,
                 id,
@@ -164,13 +211,14 @@ impl Segments {
             self.slots.insert(id.index, slot);
             self.cache.push(entry, bytes);
         }
-        Ok(self.active.sync_handle())
+        Ok(())
     }
 
     fn roll(&mut self) -> Result<(), LogError> {
-        self.active.sync()?;
+        // The mark proves that all before it was durable: what does not verify later is damage, not a torn tail.
+        self.active.mark()?;
         let id = self.active.header().id;
-        let next = create_segment(&self.media, &self.dir, id + 1)?;
+        let next = create_segment(&self.media, &self.dir, id + 1, self.segment_bytes)?;
         let full = std::mem::replace(&mut self.active, next);
         self.sealed.insert(id, full.reader());
         Ok(())
@@ -285,8 +333,22 @@ fn header(id: u64) -> DatafileHeader {
     }
 }
 
-fn create_segment(media: &Arc<dyn Media>, dir: &Path, id: u64) -> Result<Datafile, LogError> {
-    Ok(Datafile::create(media, &segment_path(dir, id), header(id))?)
+fn create_segment(
+    media: &Arc<dyn Media>,
+    dir: &Path,
+    id: u64,
+    segment_bytes: u64,
+) -> Result<Datafile, LogError> {
+    let mut segment = Datafile::create(media, &segment_path(dir, id), header(id))?;
+    reserve(&mut segment, segment_bytes);
+    Ok(segment)
+}
+
+/// Reserves the blocks of a whole segment: a sync that also has to store a new length costs several times one that does not.
+fn reserve(segment: &mut Datafile, segment_bytes: u64) {
+    if let Err(error) = segment.preallocate(segment_bytes) {
+        tracing::warn!(%error, "no room is reserved for the Raft log; it goes on without");
+    }
 }
 
 fn open_segment(
@@ -316,6 +378,64 @@ fn open_segment(
     match trouble {
         Some(error) => Err(error),
         None => Ok(datafile),
+    }
+}
+
+/// Every segment and what stands in it; nothing is changed.
+pub fn inspect(media: &Arc<dyn Media>, dir: &Path) -> Result<Vec<(PathBuf, String)>, LogError> {
+    let mut found = Vec::new();
+    if !media.exists(dir) {
+        return Ok(found);
+    }
+    let names = media.list(dir).map_err(|source| LogError::Io {
+        step: "list",
+        path: dir.to_owned(),
+        source,
+    })?;
+    for name in names {
+        let Some(id) = name
+            .strip_suffix(".log")
+            .and_then(|id| u64::from_str_radix(id, 16).ok())
+        else {
+            continue;
+        };
+        let path = segment_path(dir, id);
+        let mut slots = BTreeMap::new();
+        let mut trouble = None;
+        let mut visit = |frame: FrameView<'_>| {
+            if let Err(error) = replay(&path, id, frame, &mut slots) {
+                trouble.get_or_insert(error);
+            }
+        };
+        let read = Datafile::inspect(media, &path, header(id), &mut visit);
+        let text = match (read, trouble) {
+            (Err(error), _) => format!("DAMAGED: {error}"),
+            (_, Some(error)) => format!("DAMAGED: {error}"),
+            (Ok((_, report)), None) => describe(&report, &slots),
+        };
+        found.push((path, text));
+    }
+    Ok(found)
+}
+
+fn describe(report: &ScanReport, slots: &BTreeMap<u64, Slot>) -> String {
+    let ends = (slots.first_key_value(), slots.last_key_value());
+    let entries = match ends {
+        (Some((_, first)), Some((_, last))) => format!("entries {} to {}", first.id, last.id),
+        _ => "no entries".to_owned(),
+    };
+    match report.damaged.first() {
+        Some(damage) => format!(
+            "DAMAGED at byte {} ({} bytes); {entries}",
+            damage.offset, damage.bytes
+        ),
+        None if report.torn_bytes_cut > 0 => {
+            format!(
+                "{entries}; {} torn bytes at the end, never acknowledged",
+                report.torn_bytes_cut
+            )
+        }
+        None => format!("whole: {entries}"),
     }
 }
 

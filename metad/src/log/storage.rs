@@ -49,6 +49,27 @@ impl LogStore {
         })
     }
 
+    /// Some entries from an index on; none at the end.
+    pub fn entries(&self, from: u64) -> Result<Vec<LogEntry>, LogError> {
+        self.segments.lock().read(from, u64::MAX, READ_BYTES_MAX)
+    }
+
+    /// Is the vote readable, and there if this node has taken part? Read at once rather than in the middle of an election.
+    pub fn check_vote(&self, took_part: bool) -> Result<(), LogError> {
+        let segments = self.segments.lock();
+        match segments.load_vote()? {
+            None if took_part => Err(LogError::Gone {
+                path: segments.vote_path(),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Encoded bytes appended since it was opened.
+    pub fn appended_bytes(&self) -> u64 {
+        self.segments.lock().appended_bytes()
+    }
+
     /// Last purged and last present id.
     pub fn bounds(&self) -> (Option<LogId>, Option<LogId>) {
         self.segments.lock().bounds()

@@ -4,7 +4,7 @@ use super::dump::Dump;
 use super::snapshot::{self, Meta, SnapshotFile};
 use super::{Machine, MachineError};
 use crate::raft::{LogEntry, LogId, Response, StorageError, StoredMembership, TypeConfig};
-use crate::state::kv::KvError;
+use crate::state::kv::{KvError, Pair};
 use openraft::storage::RaftStateMachine;
 use openraft::{
     AnyError, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta, StorageIOError,
@@ -28,6 +28,25 @@ async fn blocking<T: Send + 'static>(
 impl Machine {
     /// Takes a snapshot while applies go on, and makes it and the state durable.
     pub fn build(&self) -> Result<std::path::PathBuf, MachineError> {
+        let path = self.copy(|meta, page| snapshot::write(&self.shared.dir, meta, page))?;
+        self.flush()?;
+        Ok(path)
+    }
+
+    /// Copies the state while applies go on, in a snapshot's format, to a file of one's own.
+    pub fn copy_to(&self, path: &std::path::Path) -> Result<(), MachineError> {
+        self.copy(|meta, page| snapshot::write_to(path, meta, page))
+    }
+
+    fn copy<T>(
+        &self,
+        write: impl FnOnce(
+            &Meta,
+            &mut dyn FnMut() -> Result<Vec<Pair>, KvError>,
+        ) -> Result<T, MachineError>,
+    ) -> Result<T, MachineError> {
+        // One copy at a time: there is one place for what it has to remember.
+        let _one = self.shared.copying.lock();
         let raft = {
             let current = self.shared.current.write();
             *self.shared.dump.lock() = Some(Dump::default());
@@ -39,7 +58,7 @@ impl Machine {
             last_membership: raft.membership,
             snapshot_id: id,
         };
-        let written = snapshot::write(&self.shared.dir, &meta, || {
+        let written = write(&meta, &mut || {
             let current = self.shared.current.read();
             match self.shared.dump.lock().as_mut() {
                 Some(dump) => dump.page(&current.kv),
@@ -47,9 +66,7 @@ impl Machine {
             }
         });
         *self.shared.dump.lock() = None;
-        let path = written?;
-        self.flush()?;
-        Ok(path)
+        written
     }
 }
 
@@ -73,9 +90,14 @@ impl RaftStateMachine<TypeConfig> for Machine {
         I: IntoIterator<Item = LogEntry> + OptionalSend,
         I::IntoIter: OptionalSend,
     {
-        let entries: Vec<_> = entries.into_iter().collect();
-        let machine = self.clone();
-        blocking(move || Machine::apply(&machine, entries)).await
+        // In place: it is memory's work, and handing it over would cost more. What reaches the disk is done aside.
+        let applied = Self::apply(self, entries.into_iter().collect());
+        let (responses, full) = applied.map_err(|error| failed(&error))?;
+        if full {
+            let machine = self.clone();
+            blocking(move || machine.relieve()).await?;
+        }
+        Ok(responses)
     }
 
     async fn get_snapshot_builder(&mut self) -> Self::SnapshotBuilder {

@@ -142,12 +142,23 @@ impl<T: Read> Read for Hashing<T> {
 pub fn write(
     dir: &Path,
     meta: &Meta,
-    mut next_page: impl FnMut() -> Result<Vec<Pair>, KvError>,
+    next_page: impl FnMut() -> Result<Vec<Pair>, KvError>,
 ) -> Result<PathBuf, MachineError> {
     let path = final_path(dir, meta);
     let part = path.with_extension(UNFINISHED);
-    let io = |step| MachineError::io(step, &part);
-    let file = File::create(&part).map_err(io("create"))?;
+    write_to(&part, meta, next_page)?;
+    publish(dir, &part, &path)?;
+    Ok(path)
+}
+
+/// The same into any file.
+pub fn write_to(
+    part: &Path,
+    meta: &Meta,
+    mut next_page: impl FnMut() -> Result<Vec<Pair>, KvError>,
+) -> Result<(), MachineError> {
+    let io = |step| MachineError::io(step, part);
+    let file = File::create(part).map_err(io("create"))?;
     let mut out = Hashing {
         inner: BufWriter::with_capacity(256 << 10, file),
         hasher: blake3::Hasher::new(),
@@ -182,9 +193,7 @@ pub fn write(
     let file = inner
         .into_inner()
         .map_err(|error| io("write")(error.into_error()))?;
-    file.sync_all().map_err(io("sync"))?;
-    publish(dir, &part, &path)?;
-    Ok(path)
+    file.sync_all().map_err(io("sync"))
 }
 
 fn length(bytes: &[u8]) -> u32 {
@@ -252,7 +261,8 @@ fn listed(dir: &Path, extension: &str) -> Result<Vec<PathBuf>, MachineError> {
     Ok(found)
 }
 
-fn finished(dir: &Path) -> Result<Vec<PathBuf>, MachineError> {
+/// The finished snapshots, oldest first.
+pub fn finished(dir: &Path) -> Result<Vec<PathBuf>, MachineError> {
     listed(dir, "snap")
 }
 

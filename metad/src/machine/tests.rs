@@ -1,13 +1,15 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 //! openraft's own suite on the real log and the real state machine; snapshots; rebuilding.
 
+use super::sled_kv::SledKv;
 use super::{Machine, snapshot};
 use crate::log::storage::LogStore;
 use crate::raft::{LogEntry, LogId, StorageError, TypeConfig};
 use crate::state::command::{Command, Entry, Genesis, MemberRow};
-use crate::state::kv::{Kv, Pair};
+use crate::state::kv::{Batch, Kv, MemoryKv, Pair};
 use openraft::testing::{StoreBuilder, Suite};
 use openraft::{CommittedLeaderId, EntryPayload};
+use proptest::prelude::*;
 use qsfs_proto::api::{ClusterSettings, Mutation, Role};
 use qsfs_zdb::media::DiskMedia;
 use qsfs_zstor::id::{ClusterId, MetadId};
@@ -157,4 +159,51 @@ fn a_state_that_does_not_open_is_set_aside_and_rebuilt_from_the_snapshot() {
     let machine = Machine::open(dir.path()).unwrap();
     assert_eq!(rows(&machine), before);
     assert!(dir.path().join("state/damaged-00000000").exists());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn recent_and_stored_rows_read_as_one_map(ops in prop::collection::vec(kv_ops(), 1..60)) {
+        let dir = tempfile::tempdir().unwrap();
+        let kv = SledKv::open(dir.path(), 0).unwrap();
+        let mut model = MemoryKv::default();
+        for op in ops {
+            match op {
+                KvOp::Commit(batch) => {
+                    kv.commit(batch.clone());
+                    model.commit(batch);
+                }
+                KvOp::Relieve => kv.relieve().unwrap(),
+                KvOp::Range(from, until, max) => {
+                    let (from, until) = (vec![from], vec![until]);
+                    prop_assert_eq!(kv.range(&from, &until, max).unwrap(), model.range(&from, &until, max).unwrap());
+                }
+                KvOp::Get(key) => prop_assert_eq!(kv.get(&[key]).unwrap(), model.get(&[key]).unwrap()),
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+enum KvOp {
+    Commit(Batch),
+    Relieve,
+    Range(u8, u8, usize),
+    Get(u8),
+}
+
+fn kv_ops() -> impl Strategy<Value = KvOp> {
+    let row = (
+        0u8..40,
+        prop::option::of(prop::collection::vec(any::<u8>(), 0..4)),
+    );
+    let batch = prop::collection::btree_map(row.0.prop_map(|key| vec![key]), row.1, 1..8);
+    prop_oneof![
+        3 => batch.prop_map(KvOp::Commit),
+        1 => Just(KvOp::Relieve),
+        3 => (0u8..40, 0u8..44, 1usize..6).prop_map(|(from, until, max)| KvOp::Range(from, until, max)),
+        1 => (0u8..40).prop_map(KvOp::Get),
+    ]
 }

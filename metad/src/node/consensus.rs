@@ -1,13 +1,15 @@
 //! Proposals and linearizable reads.
 //!
 //! A read needs one round of heartbeats to know that this node still leads. Readers that arrive while a round is under way
-//! share the next one, so a thousand readers cost two rounds.
+//! share the next one, so a thousand readers cost two rounds. Proposals are grouped in the same way (`consensus/proposer.rs`).
+
+mod proposer;
 
 use crate::machine::Machine;
 use crate::raft::Raft;
-use crate::state::Outcome;
 use crate::state::command::{Command, Entry, Reply, Request};
-use openraft::error::{CheckIsLeaderError, ClientWriteError, RaftError};
+use openraft::error::{CheckIsLeaderError, RaftError};
+use proposer::Proposer;
 use qsfs_proto::api::MetadError;
 use qsfs_proto::server::CallError;
 use std::sync::Arc;
@@ -47,14 +49,16 @@ pub struct Consensus {
     machine: Machine,
     clock: Arc<Clock>,
     readers: mpsc::Sender<oneshot::Sender<Answer>>,
+    proposer: Proposer,
 }
 
 impl Consensus {
-    /// Starts the task that serves readers; it ends with the last clone.
+    /// Starts the tasks that serve readers and proposals; they end with the last clone.
     pub fn start(raft: Raft, machine: Machine) -> Self {
         let (readers, waiting) = mpsc::channel(READERS_MAX);
         tokio::spawn(serve_readers(raft.clone(), waiting));
         Self {
+            proposer: Proposer::start(raft.clone()),
             raft,
             machine,
             clock: Arc::new(Clock::default()),
@@ -103,31 +107,17 @@ impl Consensus {
             request,
             command,
         };
-        let written = tokio::time::timeout(DEADLINE, self.raft.client_write(entry)).await;
-        match written {
+        match tokio::time::timeout(DEADLINE, self.proposer.propose(entry)).await {
+            Ok(answer) => answer,
             Err(_) => {
                 Err(MetadError::Unknown("no majority confirmed the change in time".into()).into())
             }
-            Ok(Ok(response)) => answer(response.data.0),
-            Ok(Err(RaftError::APIError(ClientWriteError::ForwardToLeader(forward)))) => {
-                Err(CallError::NotLeader {
-                    leader: forward.leader_node.map(|node| node.addr),
-                })
-            }
-            Ok(Err(error)) => Err(MetadError::Unknown(error.to_string()).into()),
         }
     }
 
     /// Proposes a command of the cluster itself.
     pub async fn propose_internal(&self, command: Command) -> Result<Reply, CallError> {
         self.propose(command, None).await
-    }
-}
-
-fn answer(outcome: Option<Outcome>) -> Result<Reply, CallError> {
-    match outcome {
-        Some(outcome) => Ok(outcome?),
-        None => Err(MetadError::Unknown("the entry carried no command".into()).into()),
     }
 }
 

@@ -1,12 +1,17 @@
 //! The data directory of a metad node.
 //!
 //! ```text
-//! lock  node.toml  identity/{cert,key,ca}.pem  ca-key.pem (0600)  log/  state/  snapshot/
+//! lock  node.toml  identity/{cert,key,ca}.pem  ca-key.pem (0600)  log/  state/  snapshot/  peers  [renewing]  [damaged/]
 //! ```
 //!
+//! `peers`: where the others were last known to be. It is there once the node has taken part, so a log without a vote beside it is
+//! one that was lost. `renewing`: log and state are damaged and are not to be opened any more (`node/renewal.rs`); `damaged/`: what
+//! was set aside then, newest only.
 //! `node.toml` is written last when a node is made: a directory that has it is complete, one without is refused or begun anew.
 
 use super::NodeError;
+use crate::durable;
+use crate::log::LogError;
 use qsfs_proto::api::Secret;
 use qsfs_proto::ca::CertificateAuthority;
 use qsfs_proto::identity::Identity;
@@ -21,6 +26,11 @@ use std::path::{Path, PathBuf};
 const NODE_FILE: &str = "node.toml";
 const CA_KEY_FILE: &str = "ca-key.pem";
 const IDENTITY_DIR: &str = "identity";
+const PEERS_FILE: &str = "peers";
+const RENEWING_FILE: &str = "renewing";
+const DAMAGED_DIR: &str = "damaged";
+/// What a node that lost its memory gives up.
+const MEMORY: [&str; 3] = ["log", "state", "snapshot"];
 const LAYOUT_VERSION: u32 = 1;
 
 /// Who this node is; everything else is in the log.
@@ -116,7 +126,7 @@ impl DataDir {
 
     /// What a bootstrap or join that was interrupted left behind.
     fn clear_unfinished(&self) -> Result<(), NodeError> {
-        for name in ["log", "state", "snapshot", IDENTITY_DIR] {
+        for name in MEMORY.into_iter().chain([IDENTITY_DIR]) {
             let path = self.path.join(name);
             if path.exists() {
                 fs::remove_dir_all(&path).map_err(io("remove", &path))?;
@@ -198,13 +208,87 @@ impl DataDir {
         Ok((node, identity, authority))
     }
 
+    /// Where the other nodes were last known to be; empty if this one never took part.
+    pub fn peers(&self) -> Result<Vec<String>, NodeError> {
+        let peers = durable::load(&DiskMedia, &self.path.join(PEERS_FILE));
+        Ok(peers.map_err(LogError::from)?.unwrap_or_default())
+    }
+
+    /// Keeps where the others are.
+    pub fn keep_peers(path: &Path, peers: &[String]) -> Result<(), NodeError> {
+        let stored = durable::store(&DiskMedia, &path.join(PEERS_FILE), &peers);
+        Ok(stored.map_err(LogError::from)?)
+    }
+
+    /// From now on log and state are not opened any more, whatever happens.
+    pub fn begin_renewal(&self, reason: &str) -> Result<(), NodeError> {
+        self.write_private(RENEWING_FILE, reason.as_bytes())
+    }
+
+    /// Is it being renewed?
+    pub fn is_renewing(&self) -> bool {
+        self.path.join(RENEWING_FILE).exists()
+    }
+
+    /// Sets the damaged memory aside and makes this the directory of the node it is now. May be repeated after a crash: until the
+    /// mark is gone, nothing is opened.
+    pub fn replace(
+        &self,
+        old: &NodeFile,
+        new: &NodeFile,
+        identity: &Identity,
+    ) -> Result<(), NodeError> {
+        self.set_aside(old)?;
+        self.become_node(new, identity)
+    }
+
+    /// Sets log, state and snapshots aside, and forgets the peers.
+    pub fn set_aside(&self, old: &NodeFile) -> Result<(), NodeError> {
+        let aside = self.path.join(DAMAGED_DIR);
+        let own = aside.join(old.id.to_string());
+        if aside.exists() && !own.exists() {
+            fs::remove_dir_all(&aside).map_err(io("remove", &aside))?;
+        }
+        fs::create_dir_all(&own).map_err(io("create", &own))?;
+        for name in MEMORY {
+            let (from, to) = (self.path.join(name), own.join(name));
+            if from.exists() && !to.exists() {
+                fs::rename(&from, &to).map_err(io("set aside", &from))?;
+            } else if from.exists() {
+                fs::remove_dir_all(&from).map_err(io("remove", &from))?;
+            }
+        }
+        // The new node has not taken part yet: an empty log is what it should have.
+        remove_file(&self.path.join(PEERS_FILE))
+    }
+
+    /// From now on another node lives here.
+    pub fn become_node(&self, new: &NodeFile, identity: &Identity) -> Result<(), NodeError> {
+        identity.save(&self.path.join(IDENTITY_DIR))?;
+        let text = toml::to_string(new).expect("plain fields always encode");
+        self.write_private(NODE_FILE, text.as_bytes())?;
+        remove_file(&self.path.join(RENEWING_FILE))?;
+        fs::File::open(&self.path)
+            .and_then(|dir| dir.sync_all())
+            .map_err(io("sync", &self.path))
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
     }
 }
 
-const OWN_NAMES: [&str; 9] = [
+fn remove_file(path: &Path) -> Result<(), NodeError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(io("remove", path)(error))
+        }
+        _ => Ok(()),
+    }
+}
+
+const OWN_NAMES: [&str; 11] = [
     "lock",
     NODE_FILE,
     "node.toml.new",
@@ -214,4 +298,7 @@ const OWN_NAMES: [&str; 9] = [
     "log",
     "state",
     "snapshot",
+    // Who is restored may find here what was saved of an earlier node.
+    "backups",
+    DAMAGED_DIR,
 ];

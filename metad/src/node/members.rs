@@ -20,7 +20,7 @@ pub const HEALTHY_WITHIN: Duration = Duration::from_secs(3);
 /// Longest wait for a change of membership.
 const CHANGE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// One step towards: everyone who joined votes. True: someone does not yet.
+/// One step towards: everyone who joined votes, and nobody else does. True: not yet so.
 pub(super) async fn tend(consensus: &Consensus) -> bool {
     let rows = consensus.machine().read(|state| state.members());
     let Ok(rows) = rows else {
@@ -39,8 +39,10 @@ pub(super) async fn tend(consensus: &Consensus) -> bool {
     }
     let metrics = raft.metrics();
     let metrics = metrics.borrow();
-    let voters: BTreeSet<u64> = metrics.membership_config.membership().voter_ids().collect();
-    rows.iter().any(|row| !voters.contains(&row.id.0))
+    let membership = metrics.membership_config.membership();
+    let voters: BTreeSet<u64> = membership.voter_ids().collect();
+    let named: BTreeSet<u64> = rows.iter().map(|row| row.id.0).collect();
+    voters != named || membership.nodes().any(|(id, _)| !named.contains(id))
 }
 
 fn next_step(raft: &Raft, rows: &[MemberRow]) -> Option<ChangeMembers<u64, BasicNode>> {
@@ -56,6 +58,16 @@ fn next_step(raft: &Raft, rows: &[MemberRow]) -> Option<ChangeMembers<u64, Basic
         if !known.contains_key(&row.id.0) {
             let node = BasicNode::new(row.address.clone());
             return Some(ChangeMembers::AddNodes(BTreeMap::from([(row.id.0, node)])));
+        }
+    }
+    // Without its own row (nothing is applied yet) a leader would take everyone out.
+    if rows.iter().any(|row| row.id.0 == metrics.id) {
+        let named = |id: &u64| rows.iter().any(|row| row.id.0 == *id);
+        if let Some(gone) = voters.iter().find(|id| !named(id)) {
+            return Some(ChangeMembers::RemoveVoters(BTreeSet::from([*gone])));
+        }
+        if let Some(gone) = known.keys().find(|id| !named(id)) {
+            return Some(ChangeMembers::RemoveNodes(BTreeSet::from([*gone])));
         }
     }
     let replication = metrics.replication.as_ref()?;
@@ -86,35 +98,22 @@ pub(super) fn list(raft: &Raft, network: &Network, rows: &[MemberRow]) -> Vec<Me
     rows.iter().map(member).collect()
 }
 
-/// Takes a node out for good.
+/// Takes a node out for good: its row says so, and [`tend`], which alone changes Raft's membership, follows.
 pub(super) async fn remove(consensus: &Consensus, id: MetadId) -> Result<(), CallError> {
-    let raft = consensus.raft();
-    let (me, voters) = {
-        let metrics = raft.metrics();
-        let metrics = metrics.borrow();
-        let membership = metrics.membership_config.membership();
-        let voters: BTreeSet<u64> = membership.voter_ids().collect();
-        (metrics.id, voters)
-    };
-    if me == id.0 {
+    let mut metrics = consensus.raft().metrics();
+    if metrics.borrow().id == id.0 {
         let text = "this metad leads; stop it first, then remove it";
         return Err(MetadError::Invalid(text.into()).into());
     }
     consensus.propose_internal(Command::RemoveMetad(id)).await?;
-    let changes = [
-        voters
-            .contains(&id.0)
-            .then(|| ChangeMembers::RemoveVoters(BTreeSet::from([id.0]))),
-        Some(ChangeMembers::RemoveNodes(BTreeSet::from([id.0]))),
-    ];
-    for change in changes.into_iter().flatten() {
-        let changed =
-            tokio::time::timeout(CHANGE_DEADLINE, raft.change_membership(change, true)).await;
-        match changed {
-            Ok(Ok(_)) => {}
-            Ok(Err(error)) => return Err(MetadError::Unknown(error.to_string()).into()),
-            Err(_) => return Err(MetadError::Unknown("the change takes long".into()).into()),
-        }
+    let gone = metrics.wait_for(|metrics| {
+        let membership = metrics.membership_config.membership();
+        let named = membership.nodes().any(|(known, _)| *known == id.0);
+        !named && membership.get_joint_config().len() == 1
+    });
+    match tokio::time::timeout(CHANGE_DEADLINE, gone).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(_)) => Err(MetadError::Unknown("this node is stopping".into()).into()),
+        Err(_) => Err(MetadError::Unknown("the change takes long".into()).into()),
     }
-    Ok(())
 }

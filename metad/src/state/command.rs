@@ -3,6 +3,7 @@
 //! Variants are encoded by position: new ones go to the end, old ones are never reordered or removed. A node that meets one
 //! it does not know stops applying rather than guess.
 
+use super::Outcome;
 use super::tombstones::Place;
 use qsfs_proto::api::{Applied, ClusterSettings, Mutation, Role, Verdict};
 use qsfs_zstor::id::{BackendId, ClientId, ClusterId, LocationName, MetadId, NodeName, VolumeId};
@@ -71,6 +72,9 @@ pub enum Command {
     ShardDeleted(Place),
     /// Turns the next records of a deleted volume into tombstones.
     ReapVolume(VolumeId),
+    /// Proposals that share one log entry, hence one fdatasync a node: each is applied as if it stood alone, in this order, and
+    /// a refusal of one is none of the others. A group holds no group.
+    Group(Vec<Entry>),
 }
 
 /// A new cluster.
@@ -127,4 +131,6 @@ pub enum Reply {
     Admitted(MetadId),
     /// Records of a deleted volume that are still to be reaped.
     Remaining(bool),
+    /// To a group: one outcome for each of it.
+    Group(Vec<Outcome>),
 }

@@ -65,6 +65,24 @@ pub(super) fn remove<K: Kv>(state: &mut State<K>, id: MetadId) -> Result<Reply, 
 }
 
 impl<K: Kv> State<K> {
+    /// Everyone is removed; one member, of a new id, is all there is.
+    pub(crate) fn begin_again(
+        &mut self,
+        member: impl FnOnce(MetadId) -> MemberRow,
+    ) -> Result<(), KvError> {
+        for mut old in self.members()? {
+            old.removed = true;
+            put(self, &old);
+        }
+        let mut counters = self.counters()?;
+        let id = MetadId(counters.metad);
+        counters.metad += 1;
+        self.put_counters(&counters);
+        put(self, &member(id));
+        self.keep_entry();
+        Ok(())
+    }
+
     /// Members that were not removed, by id.
     pub fn members(&self) -> Result<Vec<MemberRow>, KvError> {
         let mut rows: Vec<MemberRow> = self.rows(&Key::of(Table::Member).done())?;

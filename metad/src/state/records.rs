@@ -52,9 +52,16 @@ pub(super) fn commit<K: Kv>(
     if records.len() > COMMIT_RECORDS_MAX {
         return invalid(format!("{} records in one commit", records.len()));
     }
-    let backends: BTreeMap<_, _> = state.backends()?.into_iter().map(|b| (b.id, b)).collect();
+    let mut backends = BTreeMap::new();
     let mut seen = BTreeSet::new();
     for record in records {
+        for shard in &record.shards {
+            if !backends.contains_key(&shard.backend)
+                && let Some(backend) = state.backend(shard.backend)?
+            {
+                backends.insert(shard.backend, backend);
+            }
+        }
         check_record(record, &volume, &backends)?;
         if !seen.insert(record.datafile) {
             return invalid(format!("datafile {} twice in one commit", record.datafile));

@@ -392,3 +392,42 @@ fn a_deletion_that_was_never_ordered_is_not_believed() {
         1
     );
 }
+
+#[test]
+fn a_group_does_what_its_proposals_would_have_done_one_by_one() {
+    let proposal = |sequence: u64, namespace: &str, agent: u64| Entry {
+        time_ms: 1_000 + sequence,
+        request: Some(request(5, sequence)),
+        command: Command::Mutation(Mutation::RegisterBackend {
+            agent: AgentId(agent),
+            address: BackendAddress {
+                endpoint: "host:9900".into(),
+                namespace: namespace.into(),
+                password: None,
+                tls: true,
+            },
+            capacity_bytes: 1,
+        }),
+    };
+    let proposals = vec![
+        proposal(1, "x", 1),
+        // Refused: no such agent. What stands around it goes through.
+        proposal(2, "y", 77),
+        proposal(3, "z", 1),
+        // A retry of the first, in the same group.
+        proposal(1, "x", 1),
+    ];
+    let (mut single, mut grouped) = (Twin::new(), Twin::new());
+    let one_by_one: Vec<_> = proposals.iter().map(|entry| single.apply(entry)).collect();
+    let group = Entry::internal(1_003, Command::Group(proposals.clone()));
+    assert_eq!(grouped.apply(&group), Ok(Reply::Group(one_by_one.clone())));
+    assert_eq!(grouped.kv.rows(), single.kv.rows());
+    assert!(one_by_one[1].is_err());
+    assert_eq!(one_by_one[3], one_by_one[0]);
+
+    let nested = Entry::internal(1_004, Command::Group(vec![group]));
+    let Ok(Reply::Group(outcomes)) = grouped.apply(&nested) else {
+        panic!("a group is answered as one")
+    };
+    assert!(matches!(outcomes[..], [Err(MetadError::Invalid(_))]));
+}
