@@ -26,6 +26,7 @@ mod tests;
 
 pub(crate) use frame::frame_bytes;
 pub use frame::{FRAME_HEADER_BYTES, FRAME_PAYLOAD_MAX, KIND_MARK, KIND_VOID};
+pub(crate) use reader::FrameHead;
 pub use reader::{DatafileReader, Frame, Frames, SyncHandle};
 pub use scan::{Damage, FrameView, ScanReport, Tail};
 
@@ -142,6 +143,15 @@ pub struct FrameParts<'a> {
     pub parts: &'a [&'a [u8]],
 }
 
+/// What the header of a datafile says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identified {
+    /// The random number that tells this file from every other of its name.
+    pub(crate) salt: u32,
+    /// Length of the file.
+    pub(crate) bytes: u64,
+}
+
 /// The writing end of a datafile. One exists per file; readers and sync handles are cheap clones.
 #[derive(Debug)]
 pub struct Datafile {
@@ -202,13 +212,39 @@ impl Datafile {
         tail: Tail,
         visit: &mut dyn FnMut(FrameView<'_>),
     ) -> Result<(Self, ScanReport), DatafileError> {
+        Self::open_behind(media, path, expected, tail, FILE_HEADER_BYTES, visit)
+    }
+
+    /// Open for writing as [`Datafile::open_visiting`] does, but scan only from an offset on: the caller knows that a frame begins
+    /// there (or the file ends), that everything before it is durable, and what it is.
+    pub(crate) fn open_behind(
+        media: &Arc<dyn Media>,
+        path: &Path,
+        expected: DatafileHeader,
+        tail: Tail,
+        from: u64,
+        visit: &mut dyn FnMut(FrameView<'_>),
+    ) -> Result<(Self, ScanReport), DatafileError> {
         let shared = Shared::open(media, path, OpenMode::ReadWrite, expected)?;
-        let (report, mend) = scan::scan(&shared, tail, visit)?;
+        let (report, mend) = scan::scan(&shared, tail, from, visit)?;
         mend.carry_out(&shared)?;
         let length = report.length;
         shared.written.store(length, Ordering::Release);
         shared.durable.store(length, Ordering::Release);
         Ok((Self::assemble(shared, length), report))
+    }
+
+    /// Which file it is and how long, from its header alone.
+    pub(crate) fn identify(
+        media: &Arc<dyn Media>,
+        path: &Path,
+        expected: DatafileHeader,
+    ) -> Result<Identified, DatafileError> {
+        let shared = Shared::open(media, path, OpenMode::Read, expected)?;
+        Ok(Identified {
+            salt: shared.header.salt,
+            bytes: shared.written.load(Ordering::Acquire),
+        })
     }
 
     /// Look at a datafile without changing anything.
@@ -219,7 +255,7 @@ impl Datafile {
         visit: &mut dyn FnMut(FrameView<'_>),
     ) -> Result<(DatafileReader, ScanReport), DatafileError> {
         let shared = Shared::open(media, path, OpenMode::Read, expected)?;
-        let (report, _) = scan::scan(&shared, Tail::Cut, visit)?;
+        let (report, _) = scan::scan(&shared, Tail::Cut, FILE_HEADER_BYTES, visit)?;
         shared.written.store(report.length, Ordering::Release);
         Ok((DatafileReader::new(Arc::new(shared)), report))
     }

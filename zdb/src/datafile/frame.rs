@@ -170,6 +170,18 @@ impl FrameHeader {
         payload.len() == self.payload_bytes as usize && crc32fast::hash(payload) == self.payload_crc
     }
 
+    pub(super) fn verify_prefix(&self, prefix: &[u8]) -> bool {
+        prefix.len() == usize::from(self.prefix_bytes) && crc32fast::hash(prefix) == self.prefix_crc
+    }
+
+    /// CRC-32 of the payload behind the prefix, from the two that are known: `crc(a ++ b) = shift(crc(a), len(b)) ^ crc(b)`.
+    pub(super) fn rest_crc(&self) -> u32 {
+        let rest = u64::from(self.payload_bytes) - u64::from(self.prefix_bytes);
+        let mut shifted = crc32fast::Hasher::new_with_initial(self.prefix_crc);
+        shifted.combine(&crc32fast::Hasher::new_with_initial_len(0, rest));
+        shifted.finalize() ^ self.payload_crc
+    }
+
     /// The prefix, if it verifies although the payload does not.
     pub(super) fn verified_prefix<'a>(&self, payload: &'a [u8]) -> Option<&'a [u8]> {
         let prefix = payload.get(..usize::from(self.prefix_bytes))?;

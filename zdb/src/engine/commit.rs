@@ -1,10 +1,10 @@
 //! Group commit: decide a batch of operations in order, append what they write, sync once, publish, answer.
 
-use super::entry::{EntryHead, KIND_DELETE, KIND_SET, head_bytes};
+use super::entry::{EntryHead, head_bytes};
 use super::index::{Physical, Place};
 use super::settings::NamespaceSettings;
 use super::store::{Store, Writer, append_counters, file_header, file_name};
-use super::{EngineError, Mode};
+use super::{EngineError, Mode, SyncPolicy};
 use crate::datafile::{Datafile, DatafileError, FrameParts, frame_bytes};
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -61,9 +61,11 @@ impl Done {
 struct Planned {
     operation: usize,
     key: Bytes,
+    kind: u8,
     head: Vec<u8>,
     value: Bytes,
     version: u64,
+    previous: Option<u64>,
     timestamp: u32,
     deleted: bool,
     place: Place,
@@ -77,11 +79,35 @@ impl Planned {
     fn frame_bytes(&self) -> u64 {
         frame_bytes(self.payload_bytes())
     }
+
+    fn physical(&self) -> Physical {
+        Physical {
+            version: self.version,
+            previous: self.previous,
+            place: self.place,
+            value_bytes: u32::try_from(self.value.len()).unwrap_or(u32::MAX),
+            value_crc: crc32fast::hash(&self.value),
+            timestamp: self.timestamp,
+            deleted: self.deleted,
+        }
+    }
 }
 
 /// What an earlier operation of the batch will have done to a key.
 struct Overlaid {
     value: Option<Bytes>,
+    version: u64,
+    /// Which operation.
+    operation: usize,
+}
+
+/// What a key holds when an operation is decided.
+#[derive(Clone, Copy)]
+struct Live {
+    bytes: u64,
+    version: u64,
+    /// Of the value, if it is in a datafile.
+    crc: Option<u32>,
 }
 
 /// The state that decisions of one batch see.
@@ -93,12 +119,20 @@ struct Batch<'a> {
     live_bytes: u64,
     disk_room: u64,
     planned: Vec<Planned>,
+    /// Operations that are answered "unchanged" because of an earlier one of the batch: they stand and fall with it.
+    repeated: Vec<Repeated>,
+}
+
+#[derive(Clone, Copy)]
+struct Repeated {
+    operation: usize,
+    of: usize,
 }
 
 type Outcome = Result<Done, EngineError>;
 
 impl Store {
-    /// Carry out a batch. Everything answered `Ok` is durable.
+    /// Carry out a batch. Everything answered `Ok` is durable ([`SyncPolicy::Always`]) or will be at the next sync.
     pub(super) fn commit(
         &self,
         operations: &[Operation],
@@ -123,18 +157,28 @@ impl Store {
                 space.free_bytes.saturating_sub(self.reserve_bytes)
             }),
             planned: Vec::new(),
+            repeated: Vec::new(),
         };
         let mut outcomes: Vec<Outcome> = operations
             .iter()
             .enumerate()
             .map(|(number, operation)| batch.decide(&mut writer, number, operation))
             .collect();
-        let mut planned = std::mem::take(&mut batch.planned);
+        let Batch {
+            mut planned,
+            repeated,
+            ..
+        } = batch;
         if planned.is_empty() {
             return outcomes;
         }
         self.append_planned(&mut writer, &mut planned, &mut outcomes);
-        if let Err(error) = writer.active.sync() {
+        let stored = match self.sync {
+            SyncPolicy::Always => writer.active.sync().map_err(EngineError::from),
+            SyncPolicy::Interval(_) => Ok(()),
+        };
+        if let Err(error) = stored.and_then(|()| self.publish(&planned, &outcomes)) {
+            // Whether it is there after a restart is unknown.
             self.stop(error.to_string());
             let stopped = EngineError::Stopped {
                 reason: error.to_string(),
@@ -142,27 +186,30 @@ impl Store {
             for entry in &planned {
                 outcomes[entry.operation] = Err(stopped.clone());
             }
-            return outcomes;
         }
-        let mut state = self.state.write();
-        for entry in planned
-            .iter()
-            .filter(|entry| outcomes[entry.operation].is_ok())
-        {
-            state.index.add(
-                &entry.key,
-                &Physical {
-                    version: entry.version,
-                    place: entry.place,
-                    frame_bytes: entry.frame_bytes(),
-                    value_bytes: u32::try_from(entry.value.len()).unwrap_or(u32::MAX),
-                    value_crc: crc32fast::hash(&entry.value),
-                    timestamp: entry.timestamp,
-                    deleted: entry.deleted,
-                },
-            );
+        for Repeated { operation, of } in repeated {
+            if let Err(error) = &outcomes[of] {
+                outcomes[operation] = Err(error.clone());
+            }
         }
         outcomes
+    }
+
+    /// Let everybody see what was written.
+    fn publish(&self, planned: &[Planned], outcomes: &[Outcome]) -> Result<(), EngineError> {
+        let written = planned
+            .iter()
+            .filter(|entry| outcomes[entry.operation].is_ok());
+        // The checksums before the lock.
+        let written: Vec<(&Bytes, Physical)> = written
+            .map(|entry| (&entry.key, entry.physical()))
+            .collect();
+        let mut state = self.state.write();
+        for (key, physical) in written {
+            state.index.add(key, &physical, false)?;
+            state.dirty.insert(physical.place.file);
+        }
+        Ok(())
     }
 
     /// Append in order, rotating as files fill up. An entry that cannot be written turns its outcome into the error.
@@ -201,7 +248,7 @@ impl Store {
             .iter()
             .zip(&values)
             .map(|(entry, value)| FrameParts {
-                kind: if entry.deleted { KIND_DELETE } else { KIND_SET },
+                kind: entry.kind,
                 prefix: &entry.head,
                 parts: value,
             })
@@ -230,7 +277,7 @@ impl Store {
         }
     }
 
-    fn rotate(&self, writer: &mut Writer) -> Result<(), EngineError> {
+    pub(super) fn rotate(&self, writer: &mut Writer) -> Result<(), EngineError> {
         let number = self.new_file_number();
         let path = self.dir.join(file_name(number));
         let fresh =
@@ -284,14 +331,21 @@ impl Batch<'_> {
         timestamp: Option<u32>,
     ) -> Outcome {
         let sequential = self.settings.mode == Mode::Sequential;
-        let old_bytes = self.live_value_bytes(key);
-        if sequential && !key.is_empty() && old_bytes.is_none() {
+        let old = self.live(key)?;
+        if sequential && !key.is_empty() && old.is_none() {
             return Err(EngineError::UpdateOnly);
         }
-        if self.settings.worm && old_bytes.is_some() {
+        if self.settings.worm && old.is_some() {
             return Err(EngineError::Worm);
         }
-        if old_bytes == Some(value.len() as u64) && self.is_unchanged(key, value) {
+        if let Some(old) = old
+            && self.is_unchanged(key, value, old)
+        {
+            let of = self.overlay.get(key).map(|pending| pending.operation);
+            self.repeated.extend(of.map(|of| Repeated {
+                operation: number,
+                of,
+            }));
             return Ok(Done::Unchanged);
         }
         let key = if sequential && key.is_empty() {
@@ -299,16 +353,27 @@ impl Batch<'_> {
         } else {
             key.clone()
         };
-        let after = self.live_bytes - old_bytes.unwrap_or(0) + value.len() as u64;
+        let linked = old.filter(|_| self.settings.history_versions > 0);
+        let after = self.live_bytes - old.map_or(0, |old| old.bytes) + value.len() as u64;
         let quota = self.settings.maxsize_bytes;
-        let disk = frame_bytes((head_bytes(&key) + value.len()) as u64);
-        if (quota > 0 && after > quota) || disk > self.disk_room {
+        let head = head_bytes(key.len(), linked.is_some());
+        let disk = frame_bytes((head + value.len()) as u64);
+        let possible = self.store.state.read().index.accepts(&key);
+        if (quota > 0 && after > quota) || disk > self.disk_room || !possible {
             return Err(EngineError::NoSpace);
         }
         self.live_bytes = after;
         self.disk_room -= disk;
         writer.counters.next_id += 1;
-        self.plan(writer, number, &key, Some(value.clone()), timestamp);
+        let previous = linked.map(|old| old.version);
+        self.plan(
+            writer,
+            number,
+            &key,
+            Some(value.clone()),
+            timestamp,
+            previous,
+        );
         Ok(Done::Stored(key))
     }
 
@@ -316,11 +381,11 @@ impl Batch<'_> {
         if self.settings.worm {
             return Err(EngineError::Worm);
         }
-        let Some(old_bytes) = self.live_value_bytes(key) else {
+        let Some(old) = self.live(key)? else {
             return Err(EngineError::KeyNotFound);
         };
-        self.live_bytes -= old_bytes;
-        self.plan(writer, number, key, None, None);
+        self.live_bytes -= old.bytes;
+        self.plan(writer, number, key, None, None, None);
         Ok(Done::Deleted)
     }
 
@@ -331,49 +396,61 @@ impl Batch<'_> {
         key: &Bytes,
         value: Option<Bytes>,
         timestamp: Option<u32>,
+        previous: Option<u64>,
     ) {
         let version = writer.counters.next_version;
         writer.counters.next_version += 1;
         let timestamp = timestamp.unwrap_or(self.now);
         let head = EntryHead {
             version,
+            previous,
             timestamp,
+            deleted: value.is_none(),
             key,
         };
         self.planned.push(Planned {
             operation,
             key: key.clone(),
+            kind: head.kind(),
             head: head.encode(),
             deleted: value.is_none(),
             value: value.clone().unwrap_or_default(),
             version,
+            previous,
             timestamp,
             place: Place { file: 0, offset: 0 },
         });
-        self.overlay.insert(key.clone(), Overlaid { value });
+        let pending = Overlaid {
+            value,
+            version,
+            operation,
+        };
+        self.overlay.insert(key.clone(), pending);
     }
 
-    fn live_value_bytes(&self, key: &Bytes) -> Option<u64> {
+    fn live(&self, key: &Bytes) -> Result<Option<Live>, EngineError> {
         if let Some(pending) = self.overlay.get(key) {
-            return pending.value.as_ref().map(|value| value.len() as u64);
+            return Ok(pending.value.as_ref().map(|value| Live {
+                bytes: value.len() as u64,
+                version: pending.version,
+                crc: None,
+            }));
         }
-        let state = self.store.state.read();
-        let (_, entry) = state.index.get(key)?;
-        Some(u64::from(entry.value_bytes))
+        let entry = self.store.state.read().index.get(key)?;
+        Ok(entry.map(|entry| Live {
+            bytes: u64::from(entry.value_bytes),
+            version: entry.version,
+            crc: Some(entry.value_crc),
+        }))
     }
 
-    /// Only when the checksum agrees are the bytes read and compared. What cannot be read counts as changed.
-    fn is_unchanged(&self, key: &Bytes, value: &Bytes) -> bool {
+    /// Only when size and checksum agree are the bytes read and compared. What cannot be read counts as changed.
+    fn is_unchanged(&self, key: &Bytes, value: &Bytes, old: Live) -> bool {
         if let Some(pending) = self.overlay.get(key) {
             return pending.value.as_ref() == Some(value);
         }
-        let stored_crc = {
-            let state = self.store.state.read();
-            state.index.get(key).map(|(_, entry)| entry.value_crc)
-        };
-        if stored_crc != Some(crc32fast::hash(value)) {
-            return false;
-        }
-        matches!(self.store.get(key), Ok(Some(stored)) if stored.value == *value)
+        old.bytes == value.len() as u64
+            && old.crc == Some(crc32fast::hash(value))
+            && matches!(self.store.get(key), Ok(Some(stored)) if stored.value == *value)
     }
 }

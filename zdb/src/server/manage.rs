@@ -9,8 +9,6 @@ use std::sync::Arc;
 
 const NAME_BYTES_MAX: usize = 128;
 const VALUE_BYTES_MAX: usize = 63;
-/// Keys that FLUSH deletes with one group commit.
-const FLUSH_KEYS: usize = 4096;
 
 pub(super) async fn carry_out(
     session: &mut Session,
@@ -178,26 +176,9 @@ async fn flush(session: &Session) -> Result<Reply, Reply> {
     if !session.writable {
         return Err(Reply::error("Namespace is in read-only mode"));
     }
-    loop {
-        let page = namespace.keys_after(None, FLUSH_KEYS);
-        if page.keys.is_empty() {
-            return Ok(Reply::ok());
-        }
-        let mut answers = Vec::with_capacity(page.keys.len());
-        for stat in page.keys {
-            answers.push(
-                namespace
-                    .submit_delete(stat.key)
-                    .map_err(|error| engine_error(&error))?,
-            );
-        }
-        for mut answer in answers {
-            match answer.deleted().await {
-                Ok(()) | Err(EngineError::KeyNotFound) => {}
-                Err(error) => return Err(engine_error(&error)),
-            }
-        }
-    }
+    let namespace = Arc::clone(namespace);
+    blocking(session, move |_| namespace.flush()).await?;
+    Ok(Reply::ok())
 }
 
 fn yes_no(on: bool) -> &'static str {

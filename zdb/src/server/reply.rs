@@ -57,9 +57,11 @@ pub(super) fn engine_error(error: &EngineError) -> Reply {
         EngineError::UnknownNamespace(_) => "Namespace not found",
         EngineError::Name(_) => "This name is not allowed",
         EngineError::NotOffered => "Permission denied",
-        EngineError::InUse { .. } | EngineError::Io { .. } | EngineError::Datafile(_) => {
-            "Unexpected Internal Error"
-        }
+        EngineError::UnknownVersion { .. } => "Invalid arguments (invalid key)",
+        EngineError::InUse { .. }
+        | EngineError::SettingsLost { .. }
+        | EngineError::Io { .. }
+        | EngineError::Datafile(_) => "Unexpected Internal Error",
     };
     if matches!(
         error,

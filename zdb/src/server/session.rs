@@ -107,7 +107,9 @@ impl Session {
         if !matches!(command_of(request), Some("GET" | "MGET")) {
             return 0;
         }
-        let sizes = request[1..].iter().filter_map(|key| namespace.stat(key));
+        // What cannot be looked up is answered with an error, which is short.
+        let known = |key: &Bytes| namespace.stat(key).ok().flatten();
+        let sizes = request[1..].iter().filter_map(known);
         sizes.map(|stat| stat.bytes as usize).sum()
     }
 
@@ -256,7 +258,10 @@ impl Session {
 
     fn exists(&self, request: &[Bytes]) -> Result<Reply, Reply> {
         let key = only_key(request)?;
-        Ok(Reply::Integer(i64::from(self.thawed()?.exists(key))))
+        let exists = self.thawed()?.exists(key);
+        Ok(Reply::Integer(i64::from(
+            exists.map_err(|error| engine_error(&error))?,
+        )))
     }
 
     async fn check(&self, request: &[Bytes]) -> Result<Reply, Reply> {
@@ -276,13 +281,14 @@ impl Session {
     ) -> Result<Reply, Reply> {
         let key = only_key(request)?;
         let stat = self.thawed()?.stat(key);
+        let stat = stat.map_err(|error| engine_error(&error))?;
         Ok(stat.map_or(Reply::Nil, |stat| Reply::integer(field(&stat))))
     }
 
     fn scan(
         &self,
         request: &[Bytes],
-        pages: impl FnOnce(&Namespace, Option<u64>, usize) -> KeyPage,
+        pages: impl FnOnce(&Namespace, Option<u64>, usize) -> Result<KeyPage, EngineError>,
     ) -> Result<Reply, Reply> {
         let position = match request {
             [_] => None,
@@ -292,6 +298,7 @@ impl Session {
             _ => return Err(Reply::error("Unexpected arguments")),
         };
         let page = pages(self.thawed()?, position, SCAN_KEYS_MAX);
+        let page = page.map_err(|error| engine_error(&error))?;
         let Some(last) = page.next else {
             return Err(Reply::error("No more data"));
         };
@@ -320,6 +327,7 @@ impl Session {
         let mut position = None;
         loop {
             let page = namespace.keys_after(position, SCAN_KEYS_MAX);
+            let page = page.map_err(|error| engine_error(&error))?;
             let matching = page
                 .keys
                 .into_iter()
@@ -339,8 +347,9 @@ impl Session {
     fn keycur(&self, request: &[Bytes]) -> Result<Reply, Reply> {
         let key = only_key(request)?;
         match self.thawed()?.stat(key) {
-            Some(stat) => Ok(Reply::Bulk(encode_cursor(stat.position))),
-            None => Err(Reply::error("Key not found")),
+            Ok(Some(stat)) => Ok(Reply::Bulk(encode_cursor(stat.position))),
+            Ok(None) => Err(Reply::error("Key not found")),
+            Err(error) => Err(engine_error(&error)),
         }
     }
 
