@@ -104,8 +104,14 @@ pub(super) struct FrameHeader {
 }
 
 impl FrameHeader {
-    pub(super) fn of(frame: &FrameParts<'_>, durable: u64) -> Result<Self, DatafileError> {
-        let bytes = frame.prefix.len() + frame.parts.iter().map(|p| p.len()).sum::<usize>();
+    /// `rest_crc`: CRC-32 of all parts, if the caller knows it already.
+    pub(super) fn of(
+        frame: &FrameParts<'_>,
+        rest_crc: Option<u32>,
+        durable: u64,
+    ) -> Result<Self, DatafileError> {
+        let rest_bytes = frame.parts.iter().map(|p| p.len()).sum::<usize>();
+        let bytes = frame.prefix.len() + rest_bytes;
         let too_large = || DatafileError::TooLarge {
             bytes: bytes as u64,
         };
@@ -115,8 +121,12 @@ impl FrameHeader {
         let mut hasher = crc32fast::Hasher::new();
         hasher.update(frame.prefix);
         let prefix_crc = hasher.clone().finalize();
-        for part in frame.parts {
-            hasher.update(part);
+        match rest_crc {
+            Some(crc) => hasher.combine(&crc32fast::Hasher::new_with_initial_len(
+                crc,
+                rest_bytes as u64,
+            )),
+            None => frame.parts.iter().for_each(|part| hasher.update(part)),
         }
         Ok(Self {
             kind: frame.kind,

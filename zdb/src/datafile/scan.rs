@@ -87,6 +87,7 @@ impl Mend {
                     prefix: &[],
                     parts: &[&payload],
                 },
+                None,
                 0,
             )?;
             let raw = header.encode(shared.header.salt, offset);

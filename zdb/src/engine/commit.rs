@@ -12,11 +12,17 @@ use std::collections::HashMap;
 /// A datafile that holds mostly garbage is completed at this part of its full size, so that compaction can have it.
 const EARLY_ROTATION_PART: u64 = 8;
 
+/// A datafile is extended by this much ahead of small appends, at most by that part of its full size.
+const FILL_AHEAD_BYTES: u64 = 1 << 20;
+const FILL_AHEAD_PART: u64 = 8;
+
 /// What is asked.
 #[derive(Debug, Clone)]
 pub(super) enum Action {
     Set {
         value: Bytes,
+        /// CRC-32 of the value: who submits it computes it, so that the commit thread need not.
+        crc: u32,
         timestamp: Option<u32>,
     },
     Delete,
@@ -64,6 +70,7 @@ struct Planned {
     kind: u8,
     head: Vec<u8>,
     value: Bytes,
+    value_crc: u32,
     version: u64,
     previous: Option<u64>,
     timestamp: u32,
@@ -86,7 +93,7 @@ impl Planned {
             previous: self.previous,
             place: self.place,
             value_bytes: u32::try_from(self.value.len()).unwrap_or(u32::MAX),
-            value_crc: crc32fast::hash(&self.value),
+            value_crc: self.value_crc,
             timestamp: self.timestamp,
             deleted: self.deleted,
         }
@@ -99,6 +106,15 @@ struct Overlaid {
     version: u64,
     /// Which operation.
     operation: usize,
+}
+
+/// A SET to decide.
+#[derive(Clone, Copy)]
+struct Set<'a> {
+    key: &'a Bytes,
+    value: &'a Bytes,
+    crc: u32,
+    timestamp: Option<u32>,
 }
 
 /// What a key holds when an operation is decided.
@@ -200,14 +216,10 @@ impl Store {
         let written = planned
             .iter()
             .filter(|entry| outcomes[entry.operation].is_ok());
-        // The checksums before the lock.
-        let written: Vec<(&Bytes, Physical)> = written
-            .map(|entry| (&entry.key, entry.physical()))
-            .collect();
         let mut state = self.state.write();
-        for (key, physical) in written {
-            state.index.add(key, &physical, false)?;
-            state.dirty.insert(physical.place.file);
+        for entry in written {
+            state.index.add(&entry.key, &entry.physical(), false)?;
+            state.dirty.insert(entry.place.file);
         }
         Ok(())
     }
@@ -253,12 +265,29 @@ impl Store {
                 parts: value,
             })
             .collect();
-        let offsets = writer.active.append_batch(&frames)?;
+        let crcs: Vec<u32> = run.iter().map(|entry| entry.value_crc).collect();
+        self.fill_ahead(writer, run);
+        let offsets = writer.active.append_summed(&frames, &crcs)?;
         let file = self.state.read().active;
         for (entry, offset) in run.iter_mut().zip(offsets) {
             entry.place = Place { file, offset };
         }
         Ok(())
+    }
+
+    /// Before small appends the file is extended for many of them at once.
+    fn fill_ahead(&self, writer: &mut Writer, run: &[Planned]) {
+        let fill = FILL_AHEAD_BYTES.min(self.datafile_bytes / FILL_AHEAD_PART);
+        let bytes: u64 = run.iter().map(Planned::frame_bytes).sum();
+        let ahead = writer.active.ahead_bytes();
+        let room = self.datafile_bytes.saturating_sub(writer.active.len());
+        if bytes <= ahead || bytes > fill / 4 || room < fill * 2 {
+            return;
+        }
+        if let Err(error) = writer.active.fill_ahead(fill) {
+            // The append itself says whether there is room for it.
+            tracing::debug!(%error, "cannot extend the datafile ahead");
+        }
     }
 
     fn rotate_if_due(&self, writer: &mut Writer, next_bytes: u64) {
@@ -294,7 +323,7 @@ impl Store {
                 return Err(error.into());
             }
         };
-        if let Err(error) = writer.active.mark() {
+        if let Err(error) = writer.active.trim().and_then(|()| writer.active.mark()) {
             self.stop(error.to_string());
             return Err(error.into());
         }
@@ -315,21 +344,25 @@ impl Batch<'_> {
             return Err(EngineError::Locked);
         }
         match &operation.action {
-            Action::Set { value, timestamp } => {
-                self.decide_set(writer, number, &operation.key, value, *timestamp)
+            Action::Set {
+                value,
+                crc,
+                timestamp,
+            } => {
+                let set = Set {
+                    key: &operation.key,
+                    value,
+                    crc: *crc,
+                    timestamp: *timestamp,
+                };
+                self.decide_set(writer, number, set)
             }
             Action::Delete => self.decide_delete(writer, number, &operation.key),
         }
     }
 
-    fn decide_set(
-        &mut self,
-        writer: &mut Writer,
-        number: usize,
-        key: &Bytes,
-        value: &Bytes,
-        timestamp: Option<u32>,
-    ) -> Outcome {
+    fn decide_set(&mut self, writer: &mut Writer, number: usize, set: Set<'_>) -> Outcome {
+        let Set { key, value, .. } = set;
         let sequential = self.settings.mode == Mode::Sequential;
         let old = self.live(key)?;
         if sequential && !key.is_empty() && old.is_none() {
@@ -339,7 +372,7 @@ impl Batch<'_> {
             return Err(EngineError::Worm);
         }
         if let Some(old) = old
-            && self.is_unchanged(key, value, old)
+            && self.is_unchanged(&set, old)
         {
             let of = self.overlay.get(key).map(|pending| pending.operation);
             self.repeated.extend(of.map(|of| Repeated {
@@ -366,14 +399,7 @@ impl Batch<'_> {
         self.disk_room -= disk;
         writer.counters.next_id += 1;
         let previous = linked.map(|old| old.version);
-        self.plan(
-            writer,
-            number,
-            &key,
-            Some(value.clone()),
-            timestamp,
-            previous,
-        );
+        self.plan(writer, number, &key, Some(set), previous);
         Ok(Done::Stored(key))
     }
 
@@ -385,7 +411,7 @@ impl Batch<'_> {
             return Err(EngineError::KeyNotFound);
         };
         self.live_bytes -= old.bytes;
-        self.plan(writer, number, key, None, None, None);
+        self.plan(writer, number, key, None, None);
         Ok(Done::Deleted)
     }
 
@@ -394,13 +420,13 @@ impl Batch<'_> {
         writer: &mut Writer,
         operation: usize,
         key: &Bytes,
-        value: Option<Bytes>,
-        timestamp: Option<u32>,
+        set: Option<Set<'_>>,
         previous: Option<u64>,
     ) {
         let version = writer.counters.next_version;
         writer.counters.next_version += 1;
-        let timestamp = timestamp.unwrap_or(self.now);
+        let value = set.map(|set| set.value.clone());
+        let timestamp = set.and_then(|set| set.timestamp).unwrap_or(self.now);
         let head = EntryHead {
             version,
             previous,
@@ -415,6 +441,8 @@ impl Batch<'_> {
             head: head.encode(),
             deleted: value.is_none(),
             value: value.clone().unwrap_or_default(),
+            // Of nothing it is 0.
+            value_crc: set.map_or(0, |set| set.crc),
             version,
             previous,
             timestamp,
@@ -445,12 +473,15 @@ impl Batch<'_> {
     }
 
     /// Only when size and checksum agree are the bytes read and compared. What cannot be read counts as changed.
-    fn is_unchanged(&self, key: &Bytes, value: &Bytes, old: Live) -> bool {
+    fn is_unchanged(&self, set: &Set<'_>, old: Live) -> bool {
+        let Set {
+            key, value, crc, ..
+        } = *set;
         if let Some(pending) = self.overlay.get(key) {
             return pending.value.as_ref() == Some(value);
         }
         old.bytes == value.len() as u64
-            && old.crc == Some(crc32fast::hash(value))
+            && old.crc == Some(crc)
             && matches!(self.store.get(key), Ok(Some(stored)) if stored.value == *value)
     }
 }

@@ -287,9 +287,14 @@ impl Namespace {
         if value.len() > VALUE_BYTES_MAX {
             return Err(EngineError::ValueSize { bytes: value.len() });
         }
+        let crc = crc32fast::hash(&value);
         self.submit(Operation {
             key,
-            action: Action::Set { value, timestamp },
+            action: Action::Set {
+                value,
+                crc,
+                timestamp,
+            },
         })
     }
 

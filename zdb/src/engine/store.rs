@@ -506,7 +506,7 @@ impl Store {
         if self.check_running().is_ok() && self.check_alive().is_ok() {
             let mut writer = self.writer.lock();
             if !writer.active.is_empty() {
-                match writer.active.mark() {
+                match writer.active.trim().and_then(|()| writer.active.mark()) {
                     Ok(()) => {
                         let active = self.state.read().active;
                         self.write_snapshot_if_worth(active, &writer.active.reader());
