@@ -421,6 +421,11 @@ impl Datafile {
         Ok(())
     }
 
+    /// Did a sync fail, or could a failed append not be undone? Nobody knows then what the disk holds.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.shared.check_running().is_err()
+    }
+
     /// Make everything appended so far durable.
     pub fn sync(&self) -> Result<(), DatafileError> {
         self.sync_handle().sync().map(|_| ())

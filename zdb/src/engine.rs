@@ -16,9 +16,11 @@ mod commit;
 mod compact;
 mod entry;
 mod index;
+mod lifecycle;
 mod load;
 mod namespace;
 mod queue;
+mod read;
 mod settings;
 mod snapshot;
 mod store;
@@ -27,10 +29,12 @@ mod tests;
 mod threads;
 
 pub use entry::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
-pub use namespace::{Jump, KeyPage, KeyStat, Namespace, NamespaceOptions, Usage};
+pub use lifecycle::Jump;
+pub use namespace::{KeyPage, KeyStat, Namespace, NamespaceOptions, Usage};
 pub(crate) use queue::Answer;
+pub use read::{KeyVersion, RawEntry};
 pub use settings::{HISTORY_VERSIONS_MAX, NamespaceSettings};
-pub use store::{DamageReport, KeyVersion, RawEntry};
+pub use store::DamageReport;
 
 use crate::datafile::DatafileError;
 use crate::media::{DiskMedia, Media};
@@ -268,7 +272,7 @@ impl Engine {
                 self.add_namespace(NamespaceOptions::existing(&name, dir))
                     .map(drop)
             } else if media.exists(&dir.join(settings::DELETED)) {
-                namespace::remove_deleted(media, &dir)
+                lifecycle::remove_deleted(media, &dir)
             } else {
                 continue;
             };

@@ -323,8 +323,13 @@ impl Store {
                 return Err(error.into());
             }
         };
-        if let Err(error) = writer.active.trim().and_then(|()| writer.active.mark()) {
-            self.stop(error.to_string());
+        let completed = writer.active.trim().and_then(|()| writer.active.mark());
+        if let Err(error) = completed {
+            if writer.active.is_stopped() {
+                self.stop(error.to_string());
+            }
+            // Else only the mark found no room: the old datafile goes on.
+            let _ = self.media.remove(&path);
             return Err(error.into());
         }
         let mut state = self.state.write();

@@ -72,17 +72,17 @@ impl Store {
             damaged: false,
         };
         let copied = self.copy_needed(&mut pass, go_on);
-        // What was copied is in use, whatever came then.
-        let marked = match pass.output.take() {
-            Some(mut output) => output
-                .mark()
-                .inspect_err(|error| self.stop(error.to_string())),
-            None => Ok(()),
-        };
+        // What was copied is durable and in use, whatever came then; a mark for which there is no room is only missed.
+        if let Some(mut output) = pass.output.take()
+            && let Err(error) = output.mark()
+            && output.is_stopped()
+        {
+            self.stop(error.to_string());
+            return Err(error.into());
+        }
         if !copied? {
             return Ok(false);
         }
-        marked?;
         {
             let mut state = self.state.write();
             let left = state.index.file_use(victim).live_bytes;

@@ -1,6 +1,7 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod crash;
+mod faults;
 mod history;
 mod snapshots;
 

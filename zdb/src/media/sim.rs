@@ -250,6 +250,18 @@ impl SimMedia {
         }
     }
 
+    /// Flip bits of a byte of every file that has no name (any more) but is open: rot where only its owner can find it.
+    pub fn flip_unnamed(&self, offset: usize, mask: u8) {
+        let mut world = self.world.lock();
+        let named: BTreeSet<u64> = world.names.values().copied().collect();
+        let unnamed = world.files.iter_mut();
+        for (_, file) in unnamed.filter(|(inode, _)| !named.contains(inode)) {
+            if let Some(byte) = file.current.get_mut(offset) {
+                *byte ^= mask;
+            }
+        }
+    }
+
     /// Lose a directory and everything in it for good. Open handles keep working, as on a real disk.
     pub fn remove_tree(&self, dir: &Path) {
         let mut world = self.world.lock();

@@ -123,6 +123,15 @@ impl Order {
         }
     }
 
+    /// Bytes allocated.
+    #[cfg(test)]
+    pub(super) fn memory_bytes(&self) -> usize {
+        // A node of a `BTreeMap` is at least half full.
+        let of_map = 2 * (size_of::<u64>() + size_of::<Vec<Item>>());
+        let runs = self.runs.values();
+        runs.map(|run| run.capacity() * ITEM_BYTES + of_map).sum()
+    }
+
     pub(super) fn after(&self, position: Option<u64>) -> impl Iterator<Item = (u64, Slot)> + '_ {
         let from = position.map_or(Some(0), |position| position.checked_add(1));
         let first = from.and_then(|from| Some(*self.runs.range(..=from).next_back()?.0));

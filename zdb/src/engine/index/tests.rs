@@ -138,3 +138,52 @@ proptest! {
         assert_eq!(table.walk(None, true, 5).unwrap(), vec![]);
     }
 }
+
+/// The bound that operators plan with. Tables double, so it is looked at all the way, and again after three quarters were overwritten
+/// and every other key was deleted.
+#[test]
+fn a_user_key_costs_at_most_64_bytes_beside_itself() {
+    const KEYS: u64 = 600_000;
+    let key = |number: u64| [number.to_be_bytes(), number.to_le_bytes()].concat();
+    let mut table = UserTable::new();
+    let mut worst = 0;
+    for number in 0..KEYS {
+        table.put(&key(number), &entry(number + 1, false));
+        if number >= 100_000 && number.is_multiple_of(1000) {
+            worst = worst.max(table.memory_bytes() / usize::try_from(number + 1).unwrap());
+        }
+    }
+    let mut version = KEYS;
+    for number in (0..KEYS).filter(|number| !number.is_multiple_of(4)) {
+        version += 1;
+        table.put(&key(number), &entry(version, false));
+    }
+    worst = worst.max(table.memory_bytes() / usize::try_from(KEYS).unwrap());
+    assert!(worst <= 64 + 16, "{worst} bytes a key of 16 bytes");
+    // What was freed is used again.
+    let full = table.memory_bytes();
+    for number in (0..KEYS).step_by(2) {
+        table.remove(&key(number));
+    }
+    for number in (0..KEYS).step_by(2) {
+        version += 1;
+        table.put(&key(number), &entry(version, false));
+    }
+    assert!(table.memory_bytes() <= full + full / 8);
+}
+
+/// A page that comes back changed is an error, not an answer.
+#[test]
+fn rot_in_a_page_of_the_index_is_an_error() {
+    let sim = SimMedia::new();
+    let media: Arc<dyn Media> = Arc::new(sim.clone());
+    media.create_dir_all(Path::new("/ns")).unwrap();
+    let mut table = PagedTable::with_cache(&media, Path::new("/ns"), 2).unwrap();
+    for id in 0..1000_u64 {
+        table.put(&id.to_le_bytes(), &entry(id + 1, false)).unwrap();
+    }
+    sim.flip_unnamed(100, 0x40);
+    assert!(table.get(&0_u64.to_le_bytes()).is_err());
+    assert!(table.get(&999_u64.to_le_bytes()).unwrap().is_some());
+    assert!(table.walk(Some(0), true, 10).is_err());
+}

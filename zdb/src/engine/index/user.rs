@@ -184,6 +184,18 @@ impl UserTable {
         self.slabs[key.len()].give_back(slot.number(), key.len());
     }
 
+    /// Bytes allocated, keys included.
+    #[cfg(test)]
+    pub(super) fn memory_bytes(&self) -> usize {
+        let chunk = |(key_bytes, slab): (usize, &Slab)| {
+            let chunk_bytes = CHUNK_RECORDS as usize * (RECORD_BYTES + key_bytes);
+            slab.chunks.len() * chunk_bytes + slab.chunks.capacity() * size_of::<Box<[u8]>>()
+        };
+        let slabs: usize = self.slabs.iter().enumerate().map(chunk).sum();
+        let tables: usize = self.tables.iter().map(HashTable::allocation_size).sum();
+        slabs + tables + self.order.memory_bytes()
+    }
+
     fn show(&self, (version, slot): (u64, Slot)) -> Option<(u64, &[u8], Entry)> {
         let (record, key) = self.record(slot);
         Some((version, key, Entry::decode(record)?))
