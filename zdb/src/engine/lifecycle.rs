@@ -27,6 +27,7 @@ impl Namespace {
         let store = &self.shared.store;
         store.check_alive()?;
         let _changing = self.changing.lock();
+        let _exclusive = self.shared.exclusive()?;
         let before = self.settings();
         let mut changed = before.clone();
         change(&mut changed);
@@ -69,7 +70,7 @@ impl Namespace {
         let _changing = self.changing.lock();
         let settings = self.settings();
         refuse_changes(&settings)?;
-        let _exclusive = self.shared.maintenance.interrupt();
+        let _exclusive = self.shared.exclusive()?;
         let mut writer = store.writer.lock();
         store.rotate(&mut writer)?;
         let stored = StoredSettings {
@@ -87,11 +88,13 @@ impl Namespace {
         let store = &self.shared.store;
         store.check_running()?;
         store.check_alive()?;
+        let exclusive = self.shared.exclusive()?;
         let mut writer = store.writer.lock();
         let closed = store.state.read().active;
         store.rotate(&mut writer)?;
         let opened = store.state.read().active;
         drop(writer);
+        drop(exclusive);
         self.shared.start_maintenance();
         Ok(Jump { closed, opened })
     }
@@ -99,7 +102,7 @@ impl Namespace {
     /// Make the index anew from the datafiles, every byte of which is read and verified. Reading goes on meanwhile, writing waits.
     pub fn reload(&self) -> Result<(), EngineError> {
         let _changing = self.changing.lock();
-        let _exclusive = self.shared.maintenance.interrupt();
+        let _exclusive = self.shared.exclusive()?;
         let store = &self.shared.store;
         store.reload(&StoredSettings {
             settings: self.settings(),

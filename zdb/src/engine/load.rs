@@ -1,7 +1,7 @@
 //! From the files of a directory to an index: snapshots where they can be believed, the datafiles themselves behind and without them.
 
 use super::entry::{Counters, EntryHead};
-use super::index::{Index, Physical, Place, entry_bytes_of};
+use super::index::{Index, OFFSET_MAX, Physical, Place, entry_bytes_of};
 use super::settings::StoredSettings;
 use super::snapshot::{self, Known, Snapshot, Told};
 use super::store::{DamageReport, file_header, file_name, file_number};
@@ -73,7 +73,7 @@ impl Collector<'_> {
             self.index.add_bytes(file, bytes);
             return;
         }
-        if !self.index.accepts(head.key) {
+        if !self.index.accepts(head.key) || known.place.offset > OFFSET_MAX {
             self.damaged.push(DamageReport {
                 path: self.dir.join(file_name(file)),
                 offset: known.place.offset,

@@ -57,6 +57,9 @@ struct Wanted {
     reader: Option<DatafileReader>,
 }
 
+/// Copying and verifying more than this takes too long for a thread that others wait for.
+const CACHED_BYTES_MAX: u32 = (1 << 20) + 4096;
+
 /// May reading wait for the disk?
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reading {
@@ -100,6 +103,7 @@ impl Store {
         };
         let read = match reading {
             Reading::Wait => reader.read_sized(offset, wanted.payload_bytes).map(Some),
+            Reading::Cached if wanted.payload_bytes > CACHED_BYTES_MAX => return Ok(None),
             Reading::Cached => reader.read_cached(offset, wanted.payload_bytes),
         };
         let frame = match read {

@@ -486,3 +486,23 @@ fn datafiles_without_their_settings_are_not_taken_for_a_new_namespace() {
         Err(EngineError::SettingsLost { .. })
     ));
 }
+
+/// A handle that outlives its namespace must not touch a directory that has another owner by now.
+#[test]
+fn a_closed_namespace_changes_nothing_any_more() {
+    let media = SimMedia::new();
+    let (engine, closed) = opened(&media);
+    set(&closed, b"a", b"1").unwrap();
+    engine.close();
+    let (_engine, namespace) = opened(&media);
+    let before = media.operations();
+    assert!(matches!(closed.flush(), Err(EngineError::Closed)));
+    assert!(matches!(closed.jump(), Err(EngineError::Closed)));
+    assert!(matches!(closed.reload(), Err(EngineError::Closed)));
+    closed.compact_now().unwrap();
+    let changed = closed.change_settings(|settings| settings.maxsize_bytes = 1);
+    assert!(matches!(changed, Err(EngineError::Closed)));
+    assert!(matches!(set(&closed, b"a", b"2"), Err(EngineError::Closed)));
+    assert_eq!(media.operations(), before);
+    assert_eq!(namespace.get_blocking(b"a").unwrap().unwrap(), "1");
+}

@@ -18,6 +18,17 @@ const REST_MAX: Duration = Duration::from_millis(500);
 /// With less room than this many datafiles it does not rest at all.
 const HURRY_DATAFILES: u64 = 4;
 
+impl Shared {
+    /// Keep the background away while the namespace changes as a whole. The namespace stays open while this is held.
+    pub(super) fn exclusive(&self) -> Result<MutexGuard<'_, ()>, EngineError> {
+        let guard = self.maintenance.interrupt();
+        if self.is_closing() {
+            return Err(EngineError::Closed);
+        }
+        Ok(guard)
+    }
+}
+
 /// What the threads of a namespace share.
 pub(super) struct Shared {
     pub(super) name: String,
@@ -45,7 +56,7 @@ impl Maintenance {
     /// Let the background give way, and keep it out until the guard is dropped.
     pub(super) fn interrupt(&self) -> MutexGuard<'_, ()> {
         self.interrupts.fetch_add(1, Ordering::AcqRel);
-        self.wake.notify_all();
+        self.wake();
         let guard = self.exclusive.lock();
         self.interrupts.fetch_sub(1, Ordering::AcqRel);
         guard
@@ -59,6 +70,8 @@ impl Maintenance {
     }
 
     pub(super) fn wake(&self) {
+        // Whoever is about to rest holds this from looking whether it may until it rests.
+        drop(self.resting.lock());
         self.wake.notify_all();
     }
 }
@@ -156,6 +169,10 @@ impl Shared {
     /// Make the snapshots that are due, then compact one datafile; `false` if nothing is left to do.
     pub(super) fn step(&self, paced: bool) -> Result<bool, EngineError> {
         let exclusive = self.maintenance.exclusive.lock();
+        // After closing the directory belongs to its next owner.
+        if self.is_closing() {
+            return Ok(false);
+        }
         let interrupted = || self.maintenance.interrupts.load(Ordering::Acquire) > 0;
         let go_on = || !self.is_closing() && !interrupted();
         self.store.write_snapshots(&go_on);
