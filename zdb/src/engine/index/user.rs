@@ -118,8 +118,7 @@ impl UserTable {
         (hash >> 40) as usize % TABLES
     }
 
-    fn find(&self, key: &[u8]) -> Option<Slot> {
-        let hash = self.hasher.hash_one(key);
+    fn find(&self, hash: u64, key: &[u8]) -> Option<Slot> {
         self.tables[Self::table_of(hash)]
             .find(hash, |&slot| {
                 slot.key_bytes() == key.len() && self.record(slot).1 == key
@@ -128,12 +127,14 @@ impl UserTable {
     }
 
     pub(super) fn get(&self, key: &[u8]) -> Option<Entry> {
-        Entry::decode(self.record(self.find(key)?).0)
+        let slot = self.find(self.hasher.hash_one(key), key)?;
+        Entry::decode(self.record(slot).0)
     }
 
     /// Put or replace a key's entry.
     pub(super) fn put(&mut self, key: &[u8], entry: &Entry) {
-        let slot = match self.find(key) {
+        let hash = self.hasher.hash_one(key);
+        let slot = match self.find(hash, key) {
             Some(slot) => {
                 if let Some(old) = Entry::decode(self.record(slot).0)
                     && !old.deleted
@@ -142,7 +143,7 @@ impl UserTable {
                 }
                 slot
             }
-            None => self.insert(key),
+            None => self.insert(hash, key),
         };
         let slab = &mut self.slabs[slot.key_bytes()];
         slab.record_mut(slot.number(), slot.key_bytes())[..RECORD_BYTES]
@@ -152,13 +153,12 @@ impl UserTable {
         }
     }
 
-    fn insert(&mut self, key: &[u8]) -> Slot {
+    fn insert(&mut self, hash: u64, key: &[u8]) -> Slot {
         let key_bytes = u8::try_from(key.len()).expect("keys are checked to be at most 255 bytes");
         let slab = &mut self.slabs[key.len()];
         let number = slab.take(key.len());
         slab.record_mut(number, key.len())[RECORD_BYTES..].copy_from_slice(key);
         let slot = Slot::of(key_bytes, number);
-        let hash = self.hasher.hash_one(key);
         let (slabs, hasher) = (&self.slabs, &self.hasher);
         self.tables[Self::table_of(hash)].insert_unique(hash, slot, |slot| {
             let record = slabs[slot.key_bytes()].record(slot.number(), slot.key_bytes());
@@ -168,7 +168,8 @@ impl UserTable {
     }
 
     pub(super) fn remove(&mut self, key: &[u8]) {
-        let Some(slot) = self.find(key) else {
+        let hash = self.hasher.hash_one(key);
+        let Some(slot) = self.find(hash, key) else {
             return;
         };
         if let Some(old) = Entry::decode(self.record(slot).0)
@@ -176,7 +177,6 @@ impl UserTable {
         {
             self.order.remove(old.version);
         }
-        let hash = self.hasher.hash_one(key);
         let table = &mut self.tables[Self::table_of(hash)];
         if let Ok(found) = table.find_entry(hash, |&other| other == slot) {
             found.remove();
