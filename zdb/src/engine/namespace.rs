@@ -370,6 +370,13 @@ impl Namespace {
         self.shared.store.raw_entry(file, offset)
     }
 
+    /// The datafile that is written to, and how far it is filled.
+    pub fn active_datafile(&self) -> (u32, u64) {
+        let writer = self.shared.store.writer.lock();
+        let file = self.shared.store.state.read().active;
+        (file, writer.active.len())
+    }
+
     /// Datafiles that were written to since the start or the last reset.
     pub fn dirty_datafiles(&self) -> Vec<u32> {
         let state = self.shared.store.state.read();
