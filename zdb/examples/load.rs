@@ -3,8 +3,8 @@
 //!
 //! `... load -- DIR serve` serves DIR at 127.0.0.1:9911 until it is killed, where `qsfs zdb serve` is not built.
 //!
-//! Lean, because client and server share the machine: answers have a known length, so they are counted and not parsed. GET wants what SET
-//! with the same numbers left there.
+//! Lean, because client and server share the machine: answers have a known length, so they are counted and not parsed. What GET asks for is set
+//! before the clock runs.
 #![expect(
     clippy::unwrap_used,
     clippy::cast_precision_loss,
@@ -21,17 +21,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 
-/// Keys per connection; they are set and asked for again and again.
+/// Keys in all; they are set and asked for again and again.
 const KEYS: usize = 20_000;
 /// Bytes that all values may take, so that a large size does not fill the disk.
-const VALUES_BYTES_MAX: usize = 1 << 30;
+const VALUES_BYTES_MAX: usize = 256 << 20;
 
 #[derive(Clone, Copy)]
 struct Load {
     set: bool,
     bytes: usize,
     depth: usize,
-    seconds: u64,
     keys: usize,
 }
 
@@ -58,47 +57,62 @@ fn push_request(
     }
 }
 
-/// Keeps `depth` requests under way for so long; how many were answered.
-fn run(address: &str, load: Load, connection: usize) -> usize {
-    let mut stream = TcpStream::connect(address).unwrap();
-    stream.set_nodelay(true).unwrap();
-    let answer_bytes = if load.set {
-        "$14\r\n".len() + 14 + 2
-    } else {
-        format!("${}\r\n", load.bytes).len() + load.bytes + 2
-    };
-    let mut value = vec![b'v'; load.bytes];
-    let mut buffer = vec![0; (answer_bytes * load.depth).min(1 << 20)];
-    let mut request = Vec::new();
-    let (mut sent, mut received) = (0, 0_usize);
-    let deadline = Instant::now() + Duration::from_secs(load.seconds);
-    loop {
-        let answered = received / answer_bytes;
-        let ending = Instant::now() >= deadline;
-        if ending && answered == sent {
-            return answered;
+/// A connection with `depth` requests under way.
+struct Client {
+    stream: TcpStream,
+    connection: usize,
+    load: Load,
+}
+
+impl Client {
+    fn connect(address: &str, load: Load, connection: usize) -> Self {
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_nodelay(true).unwrap();
+        Self {
+            stream,
+            connection,
+            load,
         }
-        request.clear();
-        while !ending && sent < answered + load.depth {
-            push_request(&mut request, load, connection, sent, &mut value);
-            sent += 1;
-            // A part at a time, so that neither side waits for the other's buffers.
-            if request.len() > 1 << 20 {
-                break;
+    }
+
+    /// Sends requests while `more` says so of their count, and waits for all answers; how many.
+    fn run(&mut self, set: bool, more: impl Fn(usize) -> bool) -> usize {
+        let load = Load { set, ..self.load };
+        let answer_bytes = if set {
+            "$14\r\n".len() + 14 + 2
+        } else {
+            format!("${}\r\n", load.bytes).len() + load.bytes + 2
+        };
+        let mut value = vec![b'v'; load.bytes];
+        // Distinct from what an earlier run left under these keys.
+        value[8..16].copy_from_slice(&rand::random::<[u8; 8]>());
+        let mut buffer = vec![0; (answer_bytes * load.depth).min(1 << 20)];
+        let mut request = Vec::new();
+        let (mut sent, mut received) = (0, 0_usize);
+        loop {
+            let answered = received / answer_bytes;
+            let go_on = more(sent);
+            if !go_on && answered == sent {
+                return answered;
             }
+            request.clear();
+            while go_on && sent < answered + load.depth {
+                push_request(&mut request, load, self.connection, sent, &mut value);
+                sent += 1;
+                // A part at a time, so that neither side waits for the other's buffers.
+                if request.len() > 1 << 20 {
+                    break;
+                }
+            }
+            self.stream.write_all(&request).unwrap();
+            let count = self.stream.read(&mut buffer).unwrap();
+            assert!(count > 0, "the server closed the connection");
+            if received == 0 {
+                let shown = buffer[..count.min(80)].escape_ascii();
+                assert!(buffer[0] == b'$' && buffer[1] != b'-', "{shown}");
+            }
+            received += count;
         }
-        stream.write_all(&request).unwrap();
-        let count = stream.read(&mut buffer).unwrap();
-        assert!(count > 0, "the server closed the connection");
-        if received == 0 {
-            assert_eq!(
-                buffer[0],
-                b'$',
-                "{}",
-                buffer[..count.min(80)].escape_ascii()
-            );
-        }
-        received += count;
     }
 }
 
@@ -155,18 +169,31 @@ fn main() {
     if what == "serve" {
         return serve(Path::new(place));
     }
+    let connections = number(4, 1);
+    let keys = KEYS.min(VALUES_BYTES_MAX / bytes.max(16));
     let load = Load {
         set: what == "set",
-        bytes: bytes.max(8),
+        bytes: bytes.max(16),
         depth,
-        seconds: number(5, 5) as u64,
-        keys: KEYS.min(VALUES_BYTES_MAX / bytes.max(8)).max(1),
+        keys: keys.div_ceil(connections),
     };
-    let connections = number(4, 1);
+    let seconds = number(5, 5) as u64;
+    let mut clients: Vec<Client> = (0..connections)
+        .map(|connection| Client::connect(place, load, connection))
+        .collect();
+    if !load.set {
+        std::thread::scope(|scope| {
+            for client in &mut clients {
+                scope.spawn(|| client.run(true, |sent| sent < load.keys));
+            }
+        });
+    }
     let began = Instant::now();
+    let deadline = began + Duration::from_secs(seconds);
     let answered: usize = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..connections)
-            .map(|connection| scope.spawn(move || run(place, load, connection)))
+        let threads: Vec<_> = clients
+            .iter_mut()
+            .map(|client| scope.spawn(move || client.run(load.set, |_| Instant::now() < deadline)))
             .collect();
         threads
             .into_iter()
