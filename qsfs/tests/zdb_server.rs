@@ -321,22 +321,24 @@ fn a_thousand_slow_connections_cost_little_memory() {
     let before = resident_kib(pid);
 
     let part = vec![b'v'; 1 << 20];
+    let argument = [&b"$8000\r\n"[..], &part[..8000], b"\r\n"].concat();
+    let many = argument.repeat(120);
     let mut slow = Vec::new();
     for number in 0..CONNECTIONS {
         let mut stream = tcp(&address);
-        let begun: &[u8] = match number % 4 {
-            0 => b"*3\r\n$3\r\nSET\r\n$2",
-            1 => b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$30000\r\n",
-            _ => b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$8388608\r\n",
+        let (begun, more): (&[u8], usize) = match number % 4 {
+            0 => (b"*3\r\n$3\r\nSET\r\n$2", 0),
+            // Small enough to need no room of its own.
+            1 => (b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$16000\r\n", 15_900),
+            2 => (b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$8388608\r\n", part.len()),
+            // Many arguments, each of them small.
+            _ => (b"*1000\r\n", many.len()),
         };
         stream.write_all(begun).unwrap();
         // The server does not take all of it; what it took already is what counts.
         stream.set_nonblocking(true).unwrap();
-        let _ = match number % 4 {
-            0 => Ok(0),
-            1 => stream.write(&part[..20_000]),
-            _ => stream.write(&part),
-        };
+        let bytes = if number % 4 == 3 { &many } else { &part };
+        let _ = stream.write(&bytes[..more]);
         slow.push(stream);
     }
     // Until the server has taken all it is going to take.

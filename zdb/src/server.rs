@@ -105,7 +105,7 @@ pub struct ServerConfig {
 }
 
 impl Default for ServerConfig {
-    /// As 0-db without options: everyone is admin, mixed mode. 1024 connections; 96 MiB in all, 24 MiB per connection, 24 MiB arriving;
+    /// As 0-db without options: everyone is admin, mixed mode. 1024 connections; 96 MiB in all, 24 MiB per connection, 16 MiB arriving;
     /// 10 s, 60 s.
     fn default() -> Self {
         Self {
@@ -118,7 +118,7 @@ impl Default for ServerConfig {
             connections_max: 1024,
             inflight_bytes: 96 << 20,
             connection_inflight_bytes: 24 << 20,
-            arriving_bytes: 24 << 20,
+            arriving_bytes: 16 << 20,
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),
         }

@@ -20,13 +20,17 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 /// Bytes read at once: few for a connection that says little, more while it fills what it is given.
 const READ_BYTES_FIRST: usize = 4 << 10;
-const READ_BYTES_MAX: usize = 32 << 10;
+const READ_BYTES_MAX: usize = 16 << 10;
 /// Answers queued on a connection.
 const ANSWERS_MAX: usize = 256;
 /// Requests and answers up to this size are not counted; the length of the queue bounds them.
 const UNCOUNTED_BYTES: usize = 256;
 /// A client that was not let in yet sends no more than this in a request.
 const STRANGER_REQUEST_BYTES_MAX: usize = 4096;
+/// Room is taken for so much more than was announced, so that small arguments behind a value need none of their own.
+const ROOM_AHEAD_BYTES: usize = 32 << 10;
+/// For a request that has room and announces more than that.
+const MORE_ROOM_PATIENCE: Duration = Duration::from_secs(3);
 /// How often the pace of a large transfer is looked at.
 pub(super) const PACE_TICK: Duration = Duration::from_secs(1);
 /// After bytes that are no request so much more is read and dropped, for so long, so that the client gets to see the error.
@@ -138,7 +142,9 @@ enum Ending {
 /// A large request of which a part is here.
 struct Arrival {
     began: Instant,
-    _room: OwnedSemaphorePermit,
+    /// Of its bytes so many have room.
+    bytes: usize,
+    room: OwnedSemaphorePermit,
 }
 
 struct Reader<R> {
@@ -192,24 +198,15 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     /// Read more bytes; `false` at the end of the stream.
     async fn fill(&mut self) -> io::Result<bool> {
         let wanted = self.parser.wanted_bytes(&self.buffer);
-        let large = wanted > READ_BYTES_MAX;
-        // Only a client that really sends a large value gets room for it: the first bytes come without.
-        if large && self.arrival.is_none() && self.buffer.len() >= READ_BYTES_FIRST {
-            let bytes = self.parser.announced_bytes();
-            let room = take(
-                &self.server,
-                &self.server.arriving,
-                self.arriving_units(bytes),
-            );
-            let room = timeout(self.server.config.stall_timeout, room).await??;
-            self.arrival = Some(Arrival {
-                began: Instant::now(),
-                _room: room,
-            });
+        let announced = self.parser.announced_bytes();
+        let arrived = announced.saturating_sub(wanted);
+        // Only a client that really sends a large request gets room for it: the first bytes come without.
+        if announced > READ_BYTES_MAX && arrived >= READ_BYTES_FIRST {
+            self.make_room(announced).await?;
         }
         // Exactly what a large value needs, so that it has its buffer for itself and is never moved.
         let room = match self.arrival {
-            Some(_) if large => wanted,
+            Some(_) if wanted > READ_BYTES_MAX => wanted,
             _ => self.read_bytes,
         };
         self.buffer.reserve(room);
@@ -219,6 +216,41 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             self.read_bytes = (self.read_bytes * 2).min(READ_BYTES_MAX);
         }
         Ok(count > 0)
+    }
+
+    /// Room for a request that has announced so many bytes by now.
+    async fn make_room(&mut self, announced: usize) -> io::Result<()> {
+        let most = self.server.config.arriving_bytes / BUDGET_UNIT;
+        let held = self.arrival.as_ref().map_or(0, |arrival| arrival.bytes);
+        if announced <= held {
+            return Ok(());
+        }
+        let bytes = announced + ROOM_AHEAD_BYTES;
+        let (patience, held) = match held {
+            0 => (self.server.config.stall_timeout, 0),
+            // Who holds room and wants more may wait for others that do the same: not for long.
+            held => (MORE_ROOM_PATIENCE, units(held, most)),
+        };
+        let room = take(
+            &self.server,
+            &self.server.arriving,
+            units(bytes, most) - held,
+        );
+        let room = timeout(patience, room).await??;
+        match &mut self.arrival {
+            Some(arrival) => {
+                arrival.bytes = bytes;
+                arrival.room.merge(room);
+            }
+            None => {
+                self.arrival = Some(Arrival {
+                    began: Instant::now(),
+                    bytes,
+                    room,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// One read, with its deadline.
@@ -237,7 +269,9 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         let still = Instant::now();
         loop {
             let others_wait = self.server.waiting.load(Ordering::Relaxed) > 0;
-            let (elapsed, bytes) = (arrival.began.elapsed(), self.buffer.len() as u64);
+            let wanted = self.parser.wanted_bytes(&self.buffer);
+            let bytes = self.parser.announced_bytes().saturating_sub(wanted) as u64;
+            let elapsed = arrival.began.elapsed();
             if others_wait && is_too_slow(elapsed, bytes, still.elapsed()) {
                 return Err(io::ErrorKind::TimedOut.into());
             }
@@ -379,10 +413,6 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             _connection: connection,
             _server: server,
         }))
-    }
-
-    fn arriving_units(&self, bytes: usize) -> u32 {
-        units(bytes, self.server.config.arriving_bytes / BUDGET_UNIT)
     }
 
     /// Closing while bytes are unread would take the error from the client before it was seen.
