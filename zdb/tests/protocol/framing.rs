@@ -71,10 +71,16 @@ fn a_client_that_sends_on_sees_the_error() {
     assert_eq!(raw.answer(), "closed");
 
     let large = vec![b'v'; (8 << 20) + 1];
-    let mut raw = Raw::connect(&running);
-    raw.bytes(&framed(&[b"SET", b"k", &large]));
-    assert_eq!(raw.answer(), "-Payload too big");
-    assert_eq!(raw.answer(), "closed");
+    let both = vec![b'v'; 5 << 20];
+    for too_big in [
+        framed(&[b"SET", b"k", &large]),
+        framed(&[b"SET", &both, &both]),
+    ] {
+        let mut raw = Raw::connect(&running);
+        raw.bytes(&too_big);
+        assert_eq!(raw.answer(), "-Payload too big");
+        assert_eq!(raw.answer(), "closed");
+    }
 }
 
 /// What was asked before the bytes that are no request is answered first.

@@ -70,6 +70,21 @@ fn a_namespace_made_again_is_empty() {
     ]);
 }
 
+/// In the original every namespace takes a whole datafile of the disk from the beginning.
+#[test]
+fn an_empty_namespace_takes_little_of_the_disk() {
+    use std::os::unix::fs::MetadataExt;
+    const BYTES_MAX: u64 = 1 << 20;
+    let running = plain();
+    let mut raw = Raw::connect(&running);
+    assert_eq!(raw.say("NSNEW empty"), "+OK");
+    let files = std::fs::read_dir(running.dir.path().join("empty")).unwrap();
+    let bytes: u64 = files
+        .map(|file| file.unwrap().metadata().unwrap().blocks() * 512)
+        .sum();
+    assert!(bytes > 0 && bytes <= BYTES_MAX, "{bytes} bytes");
+}
+
 #[test]
 fn select() {
     let running = plain();
