@@ -7,7 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use qsfs_zdb::client::Password;
 use qsfs_zdb::engine::{DEFAULT_NAMESPACE, Engine, EngineOptions, Mode, SyncPolicy};
-use qsfs_zdb::server::{Admin, Listener, RunningMode, ServerConfig, apply_mode, serve};
+use qsfs_zdb::server::{Admin, Listener, RunningMode, ServerConfig, apply_mode, serve_all};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use std::fs;
@@ -17,7 +17,6 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::task::JoinSet;
 
 /// Tells a data directory from other directories.
 const MARKER: &str = "qsfs-zdb";
@@ -201,24 +200,8 @@ async fn run_server(arguments: ServeArguments) -> anyhow::Result<()> {
         tracing::info!(listen = place, data = %arguments.data.display(), "0-db serves");
         print(&format!("ready on {place}\n"))?;
     }
-    let mut serving = JoinSet::new();
-    for (_, listener) in listeners {
-        serving.spawn(serve(
-            listener,
-            Arc::clone(&engine),
-            config.clone(),
-            shutdown.clone(),
-        ));
-    }
-    let mut outcome = Ok(());
-    while let Some(ended) = serving.join_next().await {
-        // One that ends takes the others with it.
-        shutdown.cancel();
-        let ended = ended.map_err(anyhow::Error::new);
-        if let Err(error) = ended.and_then(|served| served.map_err(anyhow::Error::new)) {
-            outcome = Err(error.context("serving"));
-        }
-    }
+    let listeners = listeners.into_iter().map(|(_, listener)| listener);
+    let served = serve_all(listeners.collect(), Arc::clone(&engine), config, shutdown).await;
     let closing = tokio::task::spawn_blocking(move || engine.close());
     closing.await.context("closing the namespaces")?;
     for place in &arguments.listen {
@@ -228,7 +211,7 @@ async fn run_server(arguments: ServeArguments) -> anyhow::Result<()> {
         }
     }
     tracing::info!("0-db ended");
-    outcome
+    served.context("serving")
 }
 
 /// Raises the limit of open files where it is too low for so many connections; what cannot be raised is said.

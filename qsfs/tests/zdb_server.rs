@@ -80,6 +80,21 @@ fn serves_on_tcp_and_unix_and_ends_in_order() {
     wait_for("the unix socket", || UnixStream::connect(&socket).map(drop));
     let mut unix = UnixStream::connect(&socket).unwrap();
     exchange(&mut unix, &[&[b"GET", b"k"]], "$1\r\nv\r\n");
+    // It is one server: who waits at one place sees what happens at the other.
+    unix.write_all(&framed(&[b"WAIT", b"SET", b"60000"]))
+        .unwrap();
+    let waiting = std::thread::spawn(move || {
+        let mut seen = [0; 6];
+        unix.read_exact(&mut seen).unwrap();
+        assert_eq!(&seen, b"+SET\r\n");
+        unix
+    });
+    let mut setting = tcp(&address);
+    while !waiting.is_finished() {
+        exchange(&mut setting, &[&[b"SETX", b"k", b"v"]], "$-1\r\n");
+        exchange(&mut setting, &[&[b"SET", b"k", b"v"]], "$-1\r\n");
+    }
+    let mut unix = waiting.join().unwrap();
     // An idle connection does not hold up the end.
     assert_eq!(daemons.stop("zdb"), Some(0));
     assert!(!Path::new(&socket).exists());

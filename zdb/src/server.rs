@@ -34,7 +34,7 @@ use crate::client::Password;
 use crate::engine::{Engine, Mode};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::Semaphore;
@@ -43,6 +43,8 @@ use tokio_util::task::TaskTracker;
 
 /// The budget of bytes under way is counted in units of this many bytes.
 const BUDGET_UNIT: usize = 256;
+/// After a connection could not be taken.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
 /// Connections that still have answers to get when the server ends get them within this time.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
@@ -203,6 +205,7 @@ struct Server {
     arriving: Arc<Semaphore>,
     /// Connections that wait for one of the two.
     waiting: AtomicUsize,
+    next_client: AtomicU64,
     watch: watch::Watch,
     counters: counters::Counters,
     started: std::time::Instant,
@@ -210,20 +213,30 @@ struct Server {
     shutdown: CancellationToken,
 }
 
-/// Serve until told to stop. What was asked before is answered, then connections are closed.
+/// As [`serve_all`], for one listener.
 pub async fn serve(
     listener: impl Into<Listener>,
     engine: Arc<Engine>,
     config: ServerConfig,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    let listener = listener.into();
+    serve_all(vec![listener.into()], engine, config, shutdown).await
+}
+
+/// Serve until told to stop, all listeners as one server. What was asked before is answered, then connections are closed.
+pub async fn serve_all(
+    listeners: Vec<Listener>,
+    engine: Arc<Engine>,
+    config: ServerConfig,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
     let places = Arc::new(Semaphore::new(config.connections_max));
     let server = Arc::new(Server {
         engine,
         budget: Arc::new(Semaphore::new(config.inflight_bytes / BUDGET_UNIT)),
         arriving: Arc::new(Semaphore::new(config.arriving_bytes / BUDGET_UNIT)),
         waiting: AtomicUsize::new(0),
+        next_client: AtomicU64::new(1),
         watch: watch::Watch::new(),
         counters: counters::Counters::default(),
         config,
@@ -232,37 +245,11 @@ pub async fn serve(
     });
     let tasks = TaskTracker::new();
     let cut = CancellationToken::new();
-    let mut client = 0;
-    loop {
-        let accepted = tokio::select! {
-            () = server.shutdown.cancelled() => break,
-            accepted = listener.accept() => accepted,
-        };
-        let stream = match accepted {
-            Ok(stream) => stream,
-            Err(error) => {
-                // Out of descriptors, or a connection that was gone before it was taken: others go on.
-                tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
-        client += 1;
-        server.counters.clients.add(1);
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            tasks.spawn(connection::refuse(stream));
-            continue;
-        };
-        let server = Arc::clone(&server);
-        let cut = cut.clone();
-        tasks.spawn(async move {
-            let _place = place;
-            tokio::select! {
-                () = cut.cancelled() => {}
-                () = connection::run(server, stream, client) => {}
-            }
-        });
-    }
+    let accepting = listeners
+        .iter()
+        .map(|listener| accept_all(listener, &server, &places, &tasks, &cut));
+    futures::future::join_all(accepting).await;
+    drop(listeners);
     tasks.close();
     if tokio::time::timeout(LAST_ANSWERS, tasks.wait())
         .await
@@ -272,6 +259,46 @@ pub async fn serve(
         tasks.wait().await;
     }
     Ok(())
+}
+
+/// Take connections until told to stop.
+async fn accept_all(
+    listener: &Listener,
+    server: &Arc<Server>,
+    places: &Arc<Semaphore>,
+    tasks: &TaskTracker,
+    cut: &CancellationToken,
+) {
+    loop {
+        let accepted = tokio::select! {
+            () = server.shutdown.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Out of descriptors, or a connection that was gone before it was taken: others go on.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_AGAIN).await;
+                continue;
+            }
+        };
+        let client = server.next_client.fetch_add(1, Ordering::Relaxed);
+        server.counters.clients.add(1);
+        let Ok(place) = Arc::clone(places).try_acquire_owned() else {
+            tasks.spawn(connection::refuse(stream));
+            continue;
+        };
+        let server = Arc::clone(server);
+        let cut = cut.clone();
+        tasks.spawn(async move {
+            let _place = place;
+            tokio::select! {
+                () = cut.cancelled() => {}
+                () = connection::run(server, stream, client) => {}
+            }
+        });
+    }
 }
 
 impl Listener {
