@@ -13,3 +13,7 @@ bench *ARGS:
 # a cluster, a volume and a mount at ./mnt; Ctrl-C ends it
 demo:
     mkdir -p mnt && cargo run --release -- dev ./mnt
+
+# the fuzz targets of the 0-db, SECONDS each
+fuzz SECONDS="5" *TARGETS:
+    zdb/fuzz/run {{SECONDS}} {{TARGETS}}

@@ -229,6 +229,7 @@ impl PieceStore for HostedStore {
             )?)),
         };
         let page = self.namespace.keys_after(position, SCAN_KEYS);
+        let page = page.map_err(|error| store_error(&error))?;
         let stored = |stat: qsfs_zdb::engine::KeyStat| StoredKey {
             key: stat.key,
             set_ms: u64::from(stat.timestamp) * 1_000,

@@ -114,14 +114,31 @@ impl Daemons {
         fs::read_to_string(self.log_file(name)).unwrap_or_default()
     }
 
+    /// The process id of one.
+    ///
+    /// # Panics
+    /// When it is not there.
+    pub fn pid(&self, name: &str) -> i32 {
+        let found = self.running.iter().find(|(known, _)| known == name);
+        found.expect("it was started").1.id().cast_signed()
+    }
+
     /// Ends one with SIGTERM and waits; its exit code.
     ///
     /// # Panics
     /// When it is not there or does not end.
     pub fn stop(&mut self, name: &str) -> Option<i32> {
+        process::signal(self.pid(name), Signal::SIGTERM);
+        self.wait_end(name)
+    }
+
+    /// Waits until one ends by itself; its exit code, if no signal ended it.
+    ///
+    /// # Panics
+    /// When it is not there or does not end.
+    pub fn wait_end(&mut self, name: &str) -> Option<i32> {
         let at = self.running.iter().position(|(known, _)| known == name);
         let (_, mut child) = self.running.remove(at.expect("it was started"));
-        process::signal(child.id().cast_signed(), Signal::SIGTERM);
         let status = crate::wait_for(&format!("{name} to end"), || {
             let status = child.try_wait().map_err(|error| error.to_string())?;
             status.ok_or_else(|| "still running".to_owned())

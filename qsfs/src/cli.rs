@@ -2,7 +2,7 @@
 
 use crate::{
     agent, backend, cache, client, dev, exit, explain, heal, health, info, key, location, metad,
-    mount, scrub, status, sync, table, token, umount, volume,
+    mount, scrub, status, sync, table, token, umount, volume, zdb,
 };
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -82,6 +82,9 @@ pub(crate) enum Command {
     /// Recovery kits
     #[command(subcommand)]
     Key(key::KeyCommand),
+    /// A 0-db by itself, without a cluster
+    #[command(subcommand)]
+    Zdb(zdb::ZdbCommand),
     /// Shell completions
     Completions {
         /// For which shell
@@ -96,7 +99,7 @@ impl Command {
     pub(crate) fn log_level(&self) -> &'static str {
         let daemon = match self {
             Self::Metad(command) => command.is_daemon(),
-            Self::Agent(_) | Self::Mount(_) => true,
+            Self::Agent(_) | Self::Mount(_) | Self::Zdb(_) => true,
             _ => false,
         };
         // Of the libraries only what goes wrong.
@@ -131,6 +134,7 @@ pub(crate) async fn run(arguments: Cli) -> anyhow::Result<u8> {
         Command::Scrub(command) => scrub::run(&command, cluster).await?,
         Command::Cache(command) => cache::run(&command).await?,
         Command::Key(command) => key::run(&command, cluster).await?,
+        Command::Zdb(command) => zdb::run(command).await?,
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "qsfs", &mut script);

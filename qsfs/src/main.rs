@@ -28,6 +28,7 @@ mod token;
 mod umount;
 mod units;
 mod volume;
+mod zdb;
 
 use clap::Parser;
 use std::io::Write;

@@ -55,3 +55,35 @@ fn every_explained_finding_is_in_the_operations_manual() {
         "docs/operations.md does not list {missing:?}"
     );
 }
+
+/// Differences from 0-db are listed with the tests that hold them.
+#[test]
+fn every_difference_of_the_0_db_has_its_test() {
+    let sources: String = [
+        "zdb/tests/protocol/commands.rs",
+        "zdb/tests/protocol/framing.rs",
+        "zdb/tests/protocol/namespaces.rs",
+        "zdb/tests/protocol/sessions.rs",
+        "qsfs/tests/zdb_server.rs",
+    ]
+    .map(repository)
+    .concat();
+    let page = repository("docs/zdb.md");
+    let table = page
+        .split("## Where it differs")
+        .nth(1)
+        .and_then(|rest| rest.split("\n## ").next())
+        .unwrap();
+    let rows: Vec<&str> = table.lines().filter(|line| line.contains(" | ")).collect();
+    assert!(rows.len() > 15, "{rows:?}");
+    for row in &rows[1..] {
+        let tests = row.trim_end_matches(" |").rsplit(" | ").next().unwrap();
+        for test in tests.split('`').skip(1).step_by(2) {
+            let is_file = test.contains('/');
+            assert!(
+                is_file || sources.contains(&format!("fn {test}()")),
+                "docs/zdb.md names a test that is not there: {test}"
+            );
+        }
+    }
+}

@@ -26,6 +26,7 @@ mod tests;
 
 pub(crate) use frame::frame_bytes;
 pub use frame::{FRAME_HEADER_BYTES, FRAME_PAYLOAD_MAX, KIND_MARK, KIND_VOID};
+pub(crate) use reader::FrameHead;
 pub use reader::{DatafileReader, Frame, Frames, SyncHandle};
 pub use scan::{Damage, FrameView, ScanReport, Tail};
 
@@ -142,6 +143,15 @@ pub struct FrameParts<'a> {
     pub parts: &'a [&'a [u8]],
 }
 
+/// What the header of a datafile says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identified {
+    /// The random number that tells this file from every other of its name.
+    pub(crate) salt: u32,
+    /// Length of the file.
+    pub(crate) bytes: u64,
+}
+
 /// The writing end of a datafile. One exists per file; readers and sync handles are cheap clones.
 #[derive(Debug)]
 pub struct Datafile {
@@ -202,13 +212,39 @@ impl Datafile {
         tail: Tail,
         visit: &mut dyn FnMut(FrameView<'_>),
     ) -> Result<(Self, ScanReport), DatafileError> {
+        Self::open_behind(media, path, expected, tail, FILE_HEADER_BYTES, visit)
+    }
+
+    /// Open for writing as [`Datafile::open_visiting`] does, but scan only from an offset on: the caller knows that a frame begins
+    /// there (or the file ends), that everything before it is durable, and what it is.
+    pub(crate) fn open_behind(
+        media: &Arc<dyn Media>,
+        path: &Path,
+        expected: DatafileHeader,
+        tail: Tail,
+        from: u64,
+        visit: &mut dyn FnMut(FrameView<'_>),
+    ) -> Result<(Self, ScanReport), DatafileError> {
         let shared = Shared::open(media, path, OpenMode::ReadWrite, expected)?;
-        let (report, mend) = scan::scan(&shared, tail, visit)?;
+        let (report, mend) = scan::scan(&shared, tail, from, visit)?;
         mend.carry_out(&shared)?;
         let length = report.length;
         shared.written.store(length, Ordering::Release);
         shared.durable.store(length, Ordering::Release);
         Ok((Self::assemble(shared, length), report))
+    }
+
+    /// Which file it is and how long, from its header alone.
+    pub(crate) fn identify(
+        media: &Arc<dyn Media>,
+        path: &Path,
+        expected: DatafileHeader,
+    ) -> Result<Identified, DatafileError> {
+        let shared = Shared::open(media, path, OpenMode::Read, expected)?;
+        Ok(Identified {
+            salt: shared.header.salt,
+            bytes: shared.written.load(Ordering::Acquire),
+        })
     }
 
     /// Look at a datafile without changing anything.
@@ -219,7 +255,7 @@ impl Datafile {
         visit: &mut dyn FnMut(FrameView<'_>),
     ) -> Result<(DatafileReader, ScanReport), DatafileError> {
         let shared = Shared::open(media, path, OpenMode::Read, expected)?;
-        let (report, _) = scan::scan(&shared, Tail::Cut, visit)?;
+        let (report, _) = scan::scan(&shared, Tail::Cut, FILE_HEADER_BYTES, visit)?;
         shared.written.store(report.length, Ordering::Release);
         Ok((DatafileReader::new(Arc::new(shared)), report))
     }
@@ -252,18 +288,61 @@ impl Datafile {
                 "frame kinds of users are 1 to 239"
             );
         }
-        self.append_frames(frames)
+        self.append_frames(frames, &[])
+    }
+
+    /// As [`Datafile::append_batch`], for frames the CRC-32 of whose parts (all of them, one after the other) is known already, each.
+    /// The caller answers for it: a frame with a wrong one is damaged from the beginning.
+    pub(crate) fn append_summed(
+        &mut self,
+        frames: &[FrameParts<'_>],
+        rest_crcs: &[u32],
+    ) -> Result<Vec<u64>, DatafileError> {
+        assert_eq!(frames.len(), rest_crcs.len(), "one checksum for each frame");
+        self.append_frames(frames, rest_crcs)
+    }
+
+    /// Write zeros behind what is in use, so that the next small appends change neither the file's length nor its blocks: their syncs
+    /// then need not write the filesystem's journal. Durable with the next sync; advisory as [`Datafile::preallocate`].
+    pub(crate) fn fill_ahead(&mut self, bytes: u64) -> Result<(), DatafileError> {
+        self.shared.check_running()?;
+        let from = self.allocated.max(self.length);
+        let zeros = vec![0; usize::try_from(bytes).unwrap_or(0)];
+        if let Err(source) = self.shared.file.write_all_at(&zeros, from) {
+            self.undo_append();
+            return Err(self.shared.io("fill", source));
+        }
+        self.allocated = from + bytes;
+        Ok(())
+    }
+
+    /// Bytes behind what is in use that are filled or preallocated.
+    pub(crate) fn ahead_bytes(&self) -> u64 {
+        self.allocated.saturating_sub(self.length)
+    }
+
+    /// Give back what was filled or preallocated and not used.
+    pub(crate) fn trim(&mut self) -> Result<(), DatafileError> {
+        if self.allocated > self.length {
+            self.shared
+                .file
+                .truncate(self.length)
+                .map_err(|source| self.shared.io("trim", source))?;
+            self.allocated = self.length;
+        }
+        Ok(())
     }
 
     /// Sync, then say so in the file: everything before the mark was durable. Call when a file is closed or complete; it makes the
     /// next open certain that what does not verify is damage and not a torn tail.
     pub fn mark(&mut self) -> Result<(), DatafileError> {
         self.sync()?;
-        self.append_frames(&[FrameParts {
+        let mark = FrameParts {
             kind: KIND_MARK,
             prefix: &[],
             parts: &[],
-        }])?;
+        };
+        self.append_frames(&[mark], &[])?;
         self.sync()
     }
 
@@ -274,24 +353,30 @@ impl Datafile {
         if durable != self.length || self.marked_at == self.length {
             return Ok(());
         }
-        self.append_frames(&[FrameParts {
+        let mark = FrameParts {
             kind: KIND_MARK,
             prefix: &[],
             parts: &[],
-        }])?;
+        };
+        self.append_frames(&[mark], &[])?;
         // The mark itself is not durable, and need not be: losing it loses nothing.
         self.marked_at = self.length;
         Ok(())
     }
 
-    fn append_frames(&mut self, frames: &[FrameParts<'_>]) -> Result<Vec<u64>, DatafileError> {
+    /// `rest_crcs`: of the frames' parts, or nothing.
+    fn append_frames(
+        &mut self,
+        frames: &[FrameParts<'_>],
+        rest_crcs: &[u32],
+    ) -> Result<Vec<u64>, DatafileError> {
         self.shared.check_running()?;
         let durable = self.shared.durable.load(Ordering::Acquire);
         let mut offsets = Vec::with_capacity(frames.len());
         let mut headers = Vec::with_capacity(frames.len());
         let mut end = self.length;
-        for frame in frames {
-            let header = FrameHeader::of(frame, durable)?;
+        for (number, frame) in frames.iter().enumerate() {
+            let header = FrameHeader::of(frame, rest_crcs.get(number).copied(), durable)?;
             offsets.push(end);
             headers.push(header.encode(self.shared.header.salt, end));
             end += header.frame_bytes();
@@ -309,6 +394,7 @@ impl Datafile {
             return Err(self.shared.io("append to", source));
         }
         self.length = end;
+        self.allocated = self.allocated.max(end);
         self.shared.written.store(end, Ordering::Release);
         Ok(offsets)
     }
@@ -333,6 +419,11 @@ impl Datafile {
             self.allocated = bytes;
         }
         Ok(())
+    }
+
+    /// Did a sync fail, or could a failed append not be undone? Nobody knows then what the disk holds.
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.shared.check_running().is_err()
     }
 
     /// Make everything appended so far durable.

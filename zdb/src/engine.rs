@@ -16,16 +16,24 @@ mod commit;
 mod compact;
 mod entry;
 mod index;
+mod lifecycle;
+mod load;
 mod namespace;
+mod queue;
+mod read;
 mod settings;
+mod snapshot;
 mod store;
 #[cfg(test)]
 mod tests;
+mod threads;
 
 pub use entry::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
-pub(crate) use namespace::Answer;
+pub use lifecycle::Jump;
 pub use namespace::{KeyPage, KeyStat, Namespace, NamespaceOptions, Usage};
-pub use settings::NamespaceSettings;
+pub(crate) use queue::Answer;
+pub use read::{KeyVersion, RawEntry};
+pub use settings::{HISTORY_VERSIONS_MAX, NamespaceSettings};
 pub use store::DamageReport;
 
 use crate::datafile::DatafileError;
@@ -36,9 +44,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Namespaces an engine holds at most.
 const NAMESPACES_MAX: usize = 1024;
+
+/// Datafiles are never larger than about this, whatever is asked for: the index keeps offsets in 32 bits.
+const DATAFILE_BYTES_MAX: u64 = index::OFFSET_MAX / 2;
 
 /// Name of the namespace that every connection starts in.
 pub const DEFAULT_NAMESPACE: &str = "default";
@@ -109,6 +121,18 @@ pub enum EngineError {
     /// The mode cannot change once something was written.
     #[error("the mode of a namespace that was written to cannot change")]
     InUseMode,
+    /// There are datafiles, but not the settings that say how to read them.
+    #[error("directory {dir} holds datafiles but the settings of its namespace (file `namespace`) are gone: put that file back from a backup, or move the datafiles away to begin anew", dir = dir.display())]
+    SettingsLost {
+        /// Which.
+        dir: PathBuf,
+    },
+    /// The key has no such version, or it is not kept any more.
+    #[error("the key has no version {version}, or it is not kept any more")]
+    UnknownVersion {
+        /// Which was asked for.
+        version: u64,
+    },
     /// The namespace was closed.
     #[error("the namespace is closed")]
     Closed,
@@ -164,6 +188,17 @@ impl EngineError {
     }
 }
 
+/// When what was acknowledged is durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SyncPolicy {
+    /// Before it is acknowledged; one sync serves everything that waits.
+    #[default]
+    Always,
+    /// At most this long after it was acknowledged: a crash of the machine loses what was acknowledged since the last sync. This is for
+    /// those who want the original 0-db's behaviour, which syncs nothing by itself.
+    Interval(Duration),
+}
+
 /// Options of an engine.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
@@ -176,8 +211,10 @@ pub struct EngineOptions {
     /// A SET that would leave less than this on the disk is refused, so that deleting and compacting stay possible. Never more than a
     /// sixteenth of the disk.
     pub reserve_bytes: u64,
-    /// Compact in the background.
+    /// Compact (and make the snapshots that a fast start needs) in the background.
     pub compaction: bool,
+    /// When what was acknowledged is durable.
+    pub sync: SyncPolicy,
 }
 
 impl Default for EngineOptions {
@@ -188,6 +225,7 @@ impl Default for EngineOptions {
             datafile_bytes: 256 << 20,
             reserve_bytes: 64 << 20,
             compaction: true,
+            sync: SyncPolicy::Always,
         }
     }
 }
@@ -214,14 +252,7 @@ impl Engine {
             media
                 .create_dir_all(&root)
                 .map_err(EngineError::io("create directory", &root))?;
-            for name in media
-                .list(&root)
-                .map_err(EngineError::io("list directory", &root))?
-            {
-                if media.exists(&root.join(&name).join(settings::MARKER)) {
-                    engine.add_namespace(NamespaceOptions::existing(&name, root.join(&name)))?;
-                }
-            }
+            engine.open_all(&media, &root)?;
             if engine.namespace(DEFAULT_NAMESPACE).is_none() {
                 engine.add_namespace(NamespaceOptions::new(
                     DEFAULT_NAMESPACE,
@@ -230,6 +261,30 @@ impl Engine {
             }
         }
         Ok(engine)
+    }
+
+    /// Open the namespaces below the root directory; one that cannot be opened does not keep the others closed.
+    fn open_all(&self, media: &Arc<dyn Media>, root: &Path) -> Result<(), EngineError> {
+        let names = media.list(root);
+        for name in names.map_err(EngineError::io("list directory", root))? {
+            let dir = root.join(&name);
+            let opened = if media.exists(&dir.join(settings::MARKER)) {
+                self.add_namespace(NamespaceOptions::existing(&name, dir))
+                    .map(drop)
+            } else if media.exists(&dir.join(settings::DELETED)) {
+                lifecycle::remove_deleted(media, &dir)
+            } else {
+                continue;
+            };
+            match opened {
+                Err(error) if name == DEFAULT_NAMESPACE => return Err(error),
+                Err(error) => {
+                    tracing::error!(namespace = name, %error, "a namespace cannot be opened; the others go on without it");
+                }
+                Ok(()) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Open (or make, if the options say so) a namespace in a directory of its own.

@@ -54,7 +54,7 @@ pub trait MediaLock: Send + Sync + std::fmt::Debug {}
 pub trait Media: Send + Sync + std::fmt::Debug {
     /// Open a file.
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Box<dyn MediaFile>>;
-    /// Create a directory and its parents.
+    /// Create a directory and its parents, durable when this returns.
     fn create_dir_all(&self, path: &Path) -> io::Result<()>;
     /// Remove a file's name. Open handles keep working.
     fn remove(&self, path: &Path) -> io::Result<()>;
@@ -80,6 +80,11 @@ pub trait Media: Send + Sync + std::fmt::Debug {
 pub trait MediaFile: Send + Sync + std::fmt::Debug {
     /// Read at an offset; fewer bytes than asked (0 at the end) are not an error.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// As [`MediaFile::read_at`], but only what is in memory: `None` (or fewer bytes) if the disk would have to be waited for.
+    fn read_cached_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<Option<usize>> {
+        let _ = (buffer, offset);
+        Ok(None)
+    }
     /// Write all bytes at an offset.
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     /// Write all parts, one after the other, from an offset.

@@ -2,37 +2,51 @@
 //!
 //! ```text
 //! bytes ─> parser (limits first) ─> session: decide ─> queue of answers, in order ─> writer: one write for what is ready
-//!              reader task                                                              writer task
+//!          └────────────────────────────── one task per connection ──────────────────────────────────────────┘
 //! ```
 //!
 //! Invariants:
-//! - Memory is bounded before a payload is accepted: per request, per connection, for the server.
+//! - Memory is bounded before a payload is accepted: per request, per connection, for the server. Who holds budget that others wait for
+//!   must move (see `pace`).
 //! - SETs and DELs of a pipeline are under way together, so that they share a group commit; every other command waits for them, so that a
 //!   client reads its own writes.
 //! - Bytes that are no request get one clear error and the connection is closed. Nothing a client sends makes the server panic.
 //!
 //! Source: the protocol as probed on 0-db 2.0.8.
 
+mod command;
 mod connection;
+mod counters;
+mod cursor;
+mod files;
+mod instance;
 mod manage;
+mod pace;
 mod parser;
 mod reply;
+mod scan;
 mod session;
+mod values;
+mod watch;
+mod writer;
 
 use crate::client::Password;
-use crate::engine::Engine;
+use crate::engine::{Engine, Mode};
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::{Semaphore, broadcast};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 /// The budget of bytes under way is counted in units of this many bytes.
-const BUDGET_UNIT: usize = 1024;
-/// Commands remembered for those that WAIT and are slow to look.
-const WATCHED_COMMANDS_MAX: usize = 256;
+const BUDGET_UNIT: usize = 256;
+/// After a connection could not be taken.
+const ACCEPT_AGAIN: Duration = Duration::from_millis(50);
+/// Connections that still have answers to get when the server ends get them within this time.
+const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
 /// Who may create, change and remove namespaces.
 #[derive(Debug, Clone)]
@@ -45,6 +59,24 @@ pub enum Admin {
     Nobody,
 }
 
+impl Admin {
+    fn password(&self) -> Option<&Password> {
+        match self {
+            Self::Password(password) => Some(password),
+            Self::Everyone | Self::Nobody => None,
+        }
+    }
+}
+
+/// In which mode new namespaces are, and whether clients may change it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunningMode {
+    /// User mode, until NSSET says otherwise.
+    Mixed,
+    /// All are in this mode.
+    Only(Mode),
+}
+
 /// How to serve.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
@@ -52,12 +84,22 @@ pub struct ServerConfig {
     pub tls: Option<Arc<rustls::ServerConfig>>,
     /// Who may manage namespaces.
     pub admin: Admin,
+    /// The default namespace is read-only without the admin's password.
+    pub protect: bool,
+    /// May NSSET change the mode of a namespace?
+    pub mode: RunningMode,
+    /// Versions before the current one that new namespaces keep for HISTORY.
+    pub history_versions: u32,
+    /// May an admin end the server with STOP?
+    pub allow_stop: bool,
     /// Connections at once.
     pub connections_max: usize,
     /// Bytes of requests and answers under way, over all connections.
     pub inflight_bytes: usize,
     /// Bytes of requests and answers under way on one connection.
     pub connection_inflight_bytes: usize,
+    /// Bytes of large requests of which a part has arrived, over all connections.
+    pub arriving_bytes: usize,
     /// For the TLS handshake, and for selecting a namespace where there is no default one.
     pub handshake_timeout: Duration,
     /// For the next bytes of a request that has begun, and for a client to take its answers.
@@ -65,18 +107,73 @@ pub struct ServerConfig {
 }
 
 impl Default for ServerConfig {
-    /// Everyone is admin (as in 0-db without `--admin`), 1024 connections, 96 MiB in all, 24 MiB per connection, 10 s, 60 s.
+    /// As 0-db without options: everyone is admin, mixed mode. 1024 connections; 96 MiB in all, 24 MiB per connection, 16 MiB arriving;
+    /// 10 s, 60 s.
     fn default() -> Self {
         Self {
             tls: None,
             admin: Admin::Everyone,
+            protect: false,
+            mode: RunningMode::Mixed,
+            history_versions: 0,
+            allow_stop: false,
             connections_max: 1024,
             inflight_bytes: 96 << 20,
             connection_inflight_bytes: 24 << 20,
+            arriving_bytes: 16 << 20,
             handshake_timeout: Duration::from_secs(10),
             stall_timeout: Duration::from_secs(60),
         }
     }
+}
+
+/// Why a server cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum ModeError {
+    /// A namespace that was written to is in the other mode.
+    #[error(
+        "namespace {name} is in {found} mode, and all are to be in {wanted} mode: start in mixed mode, or with another data directory"
+    )]
+    Used {
+        /// Which.
+        name: String,
+        /// Its mode.
+        found: &'static str,
+        /// The mode asked for.
+        wanted: &'static str,
+    },
+    /// A namespace could not be changed.
+    #[error(transparent)]
+    Engine(#[from] crate::engine::EngineError),
+}
+
+/// Bring the namespaces of an engine into the mode that all are to be in; those that were written to must be in it.
+pub fn apply_mode(engine: &Engine, mode: RunningMode) -> Result<(), ModeError> {
+    let RunningMode::Only(wanted) = mode else {
+        return Ok(());
+    };
+    let word = |mode| match mode {
+        Mode::User => "user",
+        Mode::Sequential => "sequential",
+    };
+    for name in engine.namespace_names() {
+        let Some(namespace) = engine.namespace(&name) else {
+            continue;
+        };
+        let found = namespace.settings().mode;
+        if found == wanted {
+            continue;
+        }
+        if !namespace.is_unused() {
+            return Err(ModeError::Used {
+                name,
+                found: word(found),
+                wanted: word(wanted),
+            });
+        }
+        namespace.change_settings(|settings| settings.mode = wanted)?;
+    }
+    Ok(())
 }
 
 /// Where connections come from.
@@ -100,44 +197,81 @@ impl From<UnixListener> for Listener {
     }
 }
 
-/// A command that was run, for those that WAIT for it.
-#[derive(Debug, Clone)]
-struct Ran {
-    namespace: String,
-    client: u64,
-    command: &'static str,
-}
-
 /// What all connections share.
 struct Server {
     engine: Arc<Engine>,
     config: ServerConfig,
     budget: Arc<Semaphore>,
-    ran: broadcast::Sender<Ran>,
+    arriving: Arc<Semaphore>,
+    /// Connections that wait for one of the two.
+    waiting: AtomicUsize,
+    next_client: AtomicU64,
+    watch: watch::Watch,
+    counters: counters::Counters,
     started: std::time::Instant,
+    /// Cancelled: no further requests are taken.
+    shutdown: CancellationToken,
 }
 
-/// Serve until told to stop; then connections are closed.
+/// As [`serve_all`], for one listener.
 pub async fn serve(
     listener: impl Into<Listener>,
     engine: Arc<Engine>,
     config: ServerConfig,
     shutdown: CancellationToken,
 ) -> io::Result<()> {
-    let listener = listener.into();
+    serve_all(vec![listener.into()], engine, config, shutdown).await
+}
+
+/// Serve until told to stop, all listeners as one server. What was asked before is answered, then connections are closed.
+pub async fn serve_all(
+    listeners: Vec<Listener>,
+    engine: Arc<Engine>,
+    config: ServerConfig,
+    shutdown: CancellationToken,
+) -> io::Result<()> {
     let places = Arc::new(Semaphore::new(config.connections_max));
     let server = Arc::new(Server {
         engine,
         budget: Arc::new(Semaphore::new(config.inflight_bytes / BUDGET_UNIT)),
-        ran: broadcast::channel(WATCHED_COMMANDS_MAX).0,
+        arriving: Arc::new(Semaphore::new(config.arriving_bytes / BUDGET_UNIT)),
+        waiting: AtomicUsize::new(0),
+        next_client: AtomicU64::new(1),
+        watch: watch::Watch::new(),
+        counters: counters::Counters::default(),
         config,
         started: std::time::Instant::now(),
+        shutdown,
     });
     let tasks = TaskTracker::new();
-    let mut client = 0;
+    let cut = CancellationToken::new();
+    let accepting = listeners
+        .iter()
+        .map(|listener| accept_all(listener, &server, &places, &tasks, &cut));
+    futures::future::join_all(accepting).await;
+    drop(listeners);
+    tasks.close();
+    if tokio::time::timeout(LAST_ANSWERS, tasks.wait())
+        .await
+        .is_err()
+    {
+        cut.cancel();
+        tasks.wait().await;
+    }
+    Ok(())
+}
+
+/// Take connections until told to stop.
+async fn accept_all(
+    listener: &Listener,
+    server: &Arc<Server>,
+    places: &Arc<Semaphore>,
+    tasks: &TaskTracker,
+    cut: &CancellationToken,
+) {
     loop {
         let accepted = tokio::select! {
-            () = shutdown.cancelled() => break,
+            () = server.shutdown.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
         let stream = match accepted {
@@ -145,28 +279,26 @@ pub async fn serve(
             Err(error) => {
                 // Out of descriptors, or a connection that was gone before it was taken: others go on.
                 tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(Duration::from_millis(50)).await;
+                tokio::time::sleep(ACCEPT_AGAIN).await;
                 continue;
             }
         };
-        client += 1;
-        let place = Arc::clone(&places).try_acquire_owned();
-        let server = Arc::clone(&server);
-        let shutdown = shutdown.clone();
+        let client = server.next_client.fetch_add(1, Ordering::Relaxed);
+        server.counters.clients.add(1);
+        let Ok(place) = Arc::clone(places).try_acquire_owned() else {
+            tasks.spawn(connection::refuse(stream));
+            continue;
+        };
+        let server = Arc::clone(server);
+        let cut = cut.clone();
         tasks.spawn(async move {
-            let Ok(_place) = place else {
-                connection::refuse(stream).await;
-                return;
-            };
+            let _place = place;
             tokio::select! {
-                () = shutdown.cancelled() => {}
+                () = cut.cancelled() => {}
                 () = connection::run(server, stream, client) => {}
             }
         });
     }
-    tasks.close();
-    tasks.wait().await;
-    Ok(())
 }
 
 impl Listener {

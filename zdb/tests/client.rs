@@ -310,6 +310,64 @@ async fn a_server_that_does_not_answer_is_a_timeout_and_the_connection_is_droppe
         .unwrap();
 }
 
+/// The budget of bytes is shared by everything under way: what does not fit waits, and not for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bytes_under_way_are_bounded_and_waiting_for_room_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = engine(&dir);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = listener.local_addr().unwrap().to_string();
+    let stop = begin(listener, &engine, agent_server(None));
+    let small = ClientConfig {
+        inflight_bytes: 1 << 20,
+        ..protected(endpoint)
+    };
+    let client = ZdbClient::new(small);
+    // More than the budget, one by one larger than it, all together: they take turns.
+    let setting = (0..8_u8).map(|number| {
+        let client = client.clone();
+        async move {
+            let value = Bytes::from(vec![number; 2 << 20]);
+            client.set(&[number], value).await
+        }
+    });
+    for outcome in futures::future::join_all(setting).await {
+        outcome.unwrap();
+    }
+    stop.cancel();
+    engine.close();
+
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let endpoint = listener.local_addr().unwrap().to_string();
+    // Takes connections and never answers.
+    let mute = tokio::spawn(async move {
+        let mut held = Vec::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            held.push(stream);
+        }
+    });
+    let config = ClientConfig {
+        inflight_bytes: 1024,
+        connect_timeout: Duration::from_secs(600),
+        request_timeout: Duration::from_millis(50),
+        ..ClientConfig::new(endpoint, "any")
+    };
+    let client = ZdbClient::new(config);
+    let first = client.clone();
+    let holding = tokio::spawn(async move { first.get(b"k").await });
+    // Whoever comes first has the room; the other is told that there is none.
+    let second = client.get(b"k");
+    let told = tokio::select! {
+        told = second => told,
+        told = holding => told.unwrap(),
+    };
+    assert!(
+        matches!(&told, Err(ClientError::Unreachable { reason, .. }) if reason.contains("no room")),
+        "{told:?}"
+    );
+    mute.abort();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_listening_is_unreachable_and_garbage_is_an_error() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

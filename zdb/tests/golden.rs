@@ -32,10 +32,10 @@ fn copy_of(name: &str, dir: &Path) -> PathBuf {
     copy
 }
 
-fn namespace_dir(dir: &Path) -> PathBuf {
-    let namespace = dir.join("namespace-v1");
+fn namespace_dir(dir: &Path, name: &str) -> PathBuf {
+    let namespace = dir.join(name);
     std::fs::create_dir(&namespace).unwrap();
-    for entry in std::fs::read_dir(golden("namespace-v1")).unwrap() {
+    for entry in std::fs::read_dir(golden(name)).unwrap() {
         let path = entry.unwrap().path();
         std::fs::copy(&path, namespace.join(path.file_name().unwrap())).unwrap();
     }
@@ -88,6 +88,86 @@ fn write_missing() {
     }
 }
 
+/// Small datafiles, so that even these have snapshots.
+fn small_files() -> EngineOptions {
+    EngineOptions {
+        datafile_bytes: 4096,
+        ..EngineOptions::default()
+    }
+}
+
+/// What version 2 of a namespace added: history, the flush barrier, snapshots.
+fn write_missing_2() {
+    let path = golden("namespace-v2");
+    if path.exists() {
+        return;
+    }
+    let engine = Engine::open(small_files()).unwrap();
+    let mut options = NamespaceOptions::new("golden", &path);
+    options.settings.history_versions = 2;
+    let namespace = engine.add_namespace(options).unwrap();
+    let set = |key: &'static [u8], value: &'static [u8]| {
+        futures::executor::block_on(namespace.set(key, Bytes::from_static(value))).unwrap();
+    };
+    set(b"flushed", b"away");
+    namespace.flush().unwrap();
+    for value in [&b"first"[..], b"second", b"third", b"fourth"] {
+        set(b"key", value);
+    }
+    set(b"rotten", &[0x5a; 100]);
+    namespace.jump().unwrap();
+    set(b"key", b"fifth");
+    engine.close();
+    std::fs::remove_file(path.join("lock")).unwrap();
+}
+
+#[test]
+fn a_namespace_of_version_2_is_opened() {
+    if std::env::var_os("QSFS_WRITE_GOLDEN").is_some() {
+        write_missing_2();
+    }
+    for with_snapshots in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let copy = namespace_dir(dir.path(), "namespace-v2");
+        let entries = std::fs::read_dir(&copy).unwrap();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        paths.sort();
+        let ending = |path: &PathBuf, ending: &str| path.extension().is_some_and(|e| e == ending);
+        let snapshots: Vec<_> = paths.iter().filter(|path| ending(path, "idx")).collect();
+        assert!(!snapshots.is_empty());
+        if with_snapshots {
+            // The snapshot is believed: rot in the datafile that it speaks for is not seen by opening.
+            let datafile = paths.iter().find(|path| ending(path, "zdb")).unwrap();
+            let mut bytes = std::fs::read(datafile).unwrap();
+            let at = bytes.windows(50).position(|run| run == [0x5a; 50]).unwrap();
+            bytes[at] ^= 1;
+            std::fs::write(datafile, bytes).unwrap();
+        } else {
+            snapshots
+                .iter()
+                .for_each(|path| std::fs::remove_file(path).unwrap());
+        }
+        let engine = Engine::open(small_files()).unwrap();
+        let options = NamespaceOptions::existing("golden", &copy);
+        let namespace = engine.add_namespace(options).unwrap();
+        assert!(namespace.damaged().is_empty());
+        assert_eq!(namespace.settings().history_versions, 2);
+        assert_eq!(namespace.usage().unwrap().keys, 2);
+        assert_eq!(namespace.get_blocking(b"rotten").is_err(), with_snapshots);
+        let mut found = Vec::new();
+        let mut version = None;
+        while let Some(told) = namespace.history(b"key", version).unwrap() {
+            found.push(told.value);
+            version = told.previous;
+            if version.is_none() {
+                break;
+            }
+        }
+        assert_eq!(found, ["fifth", "fourth", "third"]);
+        engine.close();
+    }
+}
+
 #[test]
 fn a_datafile_of_version_1_is_read() {
     if std::env::var_os("QSFS_WRITE_GOLDEN").is_some() {
@@ -117,7 +197,7 @@ fn a_namespace_of_version_1_is_opened() {
     }
     let dir = tempfile::tempdir().unwrap();
     let engine = Engine::open(EngineOptions::default()).unwrap();
-    let options = NamespaceOptions::existing("golden", namespace_dir(dir.path()));
+    let options = NamespaceOptions::existing("golden", namespace_dir(dir.path(), "namespace-v1"));
     let namespace = engine.add_namespace(options).unwrap();
     let get = |key: &[u8]| namespace.get_blocking(key).unwrap();
     assert_eq!(get(b"one").as_deref(), Some(&b"1"[..]));

@@ -97,7 +97,7 @@ impl Pool {
         purpose: Use,
         repeat: Repeat,
     ) -> Result<Value, ClientError> {
-        let _admitted = self.admit(purpose).await;
+        let _admitted = self.admit(purpose).await?;
         let slot = self.slot(purpose);
         slot.busy.fetch_add(1, Ordering::Relaxed);
         let _busy = Busy(&slot.busy);
@@ -139,14 +139,24 @@ impl Pool {
         }
     }
 
-    async fn admit(&self, purpose: Use) -> Option<SemaphorePermit<'_>> {
+    /// Room in the budget. Those that hold it give it back at their own deadlines, so that waiting twice as long means overload.
+    async fn admit(&self, purpose: Use) -> Result<Option<SemaphorePermit<'_>>, ClientError> {
         let Use::Data(bytes) = purpose else {
-            return None;
+            return Ok(None);
         };
         // One that is larger than the whole budget goes alone.
         let units = bytes.div_ceil(BUDGET_UNIT).clamp(1, self.budget_units);
         let units = u32::try_from(units).unwrap_or(u32::MAX);
-        self.budget.acquire_many(units).await.ok()
+        let patience = self.config.request_timeout * 2;
+        let room = tokio::time::timeout(patience, self.budget.acquire_many(units)).await;
+        let busy = || ClientError::Unreachable {
+            endpoint: self.config.endpoint.clone(),
+            reason: format!("no room for {bytes} more bytes under way within {patience:?}"),
+        };
+        match room {
+            Ok(Ok(permit)) => Ok(Some(permit)),
+            Ok(Err(_)) | Err(_) => Err(busy()),
+        }
     }
 
     fn slot(&self, purpose: Use) -> &Slot {

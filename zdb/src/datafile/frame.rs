@@ -104,8 +104,14 @@ pub(super) struct FrameHeader {
 }
 
 impl FrameHeader {
-    pub(super) fn of(frame: &FrameParts<'_>, durable: u64) -> Result<Self, DatafileError> {
-        let bytes = frame.prefix.len() + frame.parts.iter().map(|p| p.len()).sum::<usize>();
+    /// `rest_crc`: CRC-32 of all parts, if the caller knows it already.
+    pub(super) fn of(
+        frame: &FrameParts<'_>,
+        rest_crc: Option<u32>,
+        durable: u64,
+    ) -> Result<Self, DatafileError> {
+        let rest_bytes = frame.parts.iter().map(|p| p.len()).sum::<usize>();
+        let bytes = frame.prefix.len() + rest_bytes;
         let too_large = || DatafileError::TooLarge {
             bytes: bytes as u64,
         };
@@ -115,8 +121,12 @@ impl FrameHeader {
         let mut hasher = crc32fast::Hasher::new();
         hasher.update(frame.prefix);
         let prefix_crc = hasher.clone().finalize();
-        for part in frame.parts {
-            hasher.update(part);
+        match rest_crc {
+            Some(crc) => hasher.combine(&crc32fast::Hasher::new_with_initial_len(
+                crc,
+                rest_bytes as u64,
+            )),
+            None => frame.parts.iter().for_each(|part| hasher.update(part)),
         }
         Ok(Self {
             kind: frame.kind,
@@ -168,6 +178,18 @@ impl FrameHeader {
 
     pub(super) fn verify_payload(&self, payload: &[u8]) -> bool {
         payload.len() == self.payload_bytes as usize && crc32fast::hash(payload) == self.payload_crc
+    }
+
+    pub(super) fn verify_prefix(&self, prefix: &[u8]) -> bool {
+        prefix.len() == usize::from(self.prefix_bytes) && crc32fast::hash(prefix) == self.prefix_crc
+    }
+
+    /// CRC-32 of the payload behind the prefix, from the two that are known: `crc(a ++ b) = shift(crc(a), len(b)) ^ crc(b)`.
+    pub(super) fn rest_crc(&self) -> u32 {
+        let rest = u64::from(self.payload_bytes) - u64::from(self.prefix_bytes);
+        let mut shifted = crc32fast::Hasher::new_with_initial(self.prefix_crc);
+        shifted.combine(&crc32fast::Hasher::new_with_initial_len(0, rest));
+        shifted.finalize() ^ self.payload_crc
     }
 
     /// The prefix, if it verifies although the payload does not.

@@ -4,7 +4,7 @@ use super::frame::{
     FILE_HEADER_BYTES, FRAME_HEADER, FRAME_HEADER_BYTES, FileHeader, FileHeaderRead, FrameHeader,
     VERSION, frame_bytes,
 };
-use super::scan::{Step, Window};
+use super::scan::{FrameView, ScanReport, Step, Tail, Window};
 use super::{DatafileError, DatafileHeader, KIND_MARK, KIND_VOID};
 use crate::media::{Media, MediaFile, OpenMode};
 use bytes::Bytes;
@@ -157,11 +157,34 @@ impl DatafileReader {
 
     /// Read the frame at an offset whose payload size is known: one read for header and payload.
     pub fn read_sized(&self, offset: u64, payload_bytes: u32) -> Result<Frame, DatafileError> {
-        let whole = FRAME_HEADER + payload_bytes as usize;
-        let mut buffer = super::buffers::take(whole);
+        let mut buffer = super::buffers::take(FRAME_HEADER + payload_bytes as usize);
         self.read_exact(offset, buffer.bytes_mut())?;
-        let damaged = || self.shared.damaged(offset, whole as u64);
+        self.verified(offset, buffer)
+    }
+
+    /// As [`DatafileReader::read_sized`]; `None` if that would have to wait for the disk.
+    pub(crate) fn read_cached(
+        &self,
+        offset: u64,
+        payload_bytes: u32,
+    ) -> Result<Option<Frame>, DatafileError> {
+        let mut buffer = super::buffers::take(FRAME_HEADER + payload_bytes as usize);
+        self.check_range(offset, buffer.as_ref().len() as u64)?;
+        let wanted = buffer.as_ref().len();
+        match self.shared.file.read_cached_at(buffer.bytes_mut(), offset) {
+            Ok(Some(bytes)) if bytes == wanted => self.verified(offset, buffer).map(Some),
+            // Part of it, an error: whoever waits for the disk finds out.
+            Ok(_) | Err(_) => Ok(None),
+        }
+    }
+
+    fn verified(
+        &self,
+        offset: u64,
+        buffer: super::buffers::Buffer,
+    ) -> Result<Frame, DatafileError> {
         let (raw, payload) = buffer.as_ref().split_at(FRAME_HEADER);
+        let damaged = || self.shared.damaged(offset, buffer.as_ref().len() as u64);
         let header =
             FrameHeader::decode(raw, self.shared.header.salt, offset).ok_or_else(damaged)?;
         if !header.verify_payload(payload) {
@@ -174,8 +197,8 @@ impl DatafileReader {
         })
     }
 
-    fn read_exact(&self, offset: u64, buffer: &mut [u8]) -> Result<(), DatafileError> {
-        let end = offset.checked_add(buffer.len() as u64);
+    fn check_range(&self, offset: u64, bytes: u64) -> Result<(), DatafileError> {
+        let end = offset.checked_add(bytes);
         if offset < FILE_HEADER_BYTES
             || end.is_none_or(|end| end > self.shared.written.load(Ordering::Acquire))
         {
@@ -184,6 +207,11 @@ impl DatafileReader {
                 offset,
             });
         }
+        Ok(())
+    }
+
+    fn read_exact(&self, offset: u64, buffer: &mut [u8]) -> Result<(), DatafileError> {
+        self.check_range(offset, buffer.len() as u64)?;
         match self.shared.file.read_exact_at(buffer, offset) {
             Ok(()) => Ok(()),
             // Shorter than it was: someone cut it, which is damage and not an I/O error.
@@ -202,6 +230,30 @@ impl DatafileReader {
             shared: Arc::clone(&self.shared),
             next: from.max(FILE_HEADER_BYTES),
         }
+    }
+
+    /// The heads of frames from an offset (0 means from the first) on, up to what is written now.
+    pub(crate) fn heads(&self, from: u64) -> Heads {
+        let end = self.shared.written.load(Ordering::Acquire);
+        Heads {
+            window: Window::new(end),
+            shared: Arc::clone(&self.shared),
+            next: from.max(FILE_HEADER_BYTES),
+        }
+    }
+
+    /// Read and verify the whole file, changing nothing; valid frames are shown in order. Nobody may be writing.
+    pub(crate) fn inspect(
+        &self,
+        visit: &mut dyn FnMut(FrameView<'_>),
+    ) -> Result<ScanReport, DatafileError> {
+        let (report, _) = super::scan::scan(&self.shared, Tail::Keep, FILE_HEADER_BYTES, visit)?;
+        Ok(report)
+    }
+
+    /// The random number that tells this file from every other of its name.
+    pub(crate) fn salt(&self) -> u32 {
+        self.shared.header.salt
     }
 
     /// Bytes in use.
@@ -262,6 +314,60 @@ impl Iterator for Frames {
                 }
             }
         }
+    }
+}
+
+/// What a frame says of itself without its payload being read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct FrameHead<'a> {
+    pub(crate) offset: u64,
+    pub(crate) kind: u8,
+    /// Verified.
+    pub(crate) prefix: &'a [u8],
+    /// Prefix included.
+    pub(crate) payload_bytes: u32,
+    /// CRC-32 of the payload behind the prefix, as the header says; the payload itself was not read.
+    pub(crate) rest_crc: u32,
+}
+
+/// Heads of frames in order; the payloads are neither read nor verified.
+#[derive(Debug)]
+pub(crate) struct Heads {
+    shared: Arc<Shared>,
+    window: Window,
+    next: u64,
+}
+
+impl Heads {
+    /// The next head. Damage is one `Err`, after which the heads behind it follow.
+    pub(crate) fn next(&mut self) -> Option<Result<FrameHead<'_>, DatafileError>> {
+        let (header, offset) = loop {
+            let offset = self.next;
+            match self.window.step_head(&self.shared, offset) {
+                Ok(Step::End) => return None,
+                Ok(Step::Frame { header, end }) => {
+                    self.next = end;
+                    if !matches!(header.kind, KIND_VOID | KIND_MARK) {
+                        break (header, offset);
+                    }
+                }
+                Ok(Step::Bad { end, .. }) => {
+                    self.next = end;
+                    return Some(Err(self.shared.damaged(offset, end - offset)));
+                }
+                Err(error) => {
+                    self.next = u64::MAX;
+                    return Some(Err(error));
+                }
+            }
+        };
+        Some(Ok(FrameHead {
+            offset,
+            kind: header.kind,
+            prefix: self.window.prefix(&header, offset),
+            payload_bytes: header.payload_bytes,
+            rest_crc: header.rest_crc(),
+        }))
     }
 }
 

@@ -12,6 +12,10 @@ use bytes::Bytes;
 
 /// Bytes read at once while scanning.
 const WINDOW_BYTES: usize = 1 << 20;
+/// Bytes read at once while stepping over large frames.
+const HEAD_BYTES: usize = 1024;
+/// A frame as large as this is stepped over.
+const LARGE_FRAME_BYTES: u64 = 32 << 10;
 
 /// What happens to valid frames that stand behind a torn one (both were never known to be durable).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,6 +74,8 @@ pub struct FrameView<'a> {
 pub(super) struct Mend {
     truncate_to: Option<u64>,
     voids: Vec<(u64, u64)>,
+    /// Everything in the file was known, and known to be durable, before the scan.
+    nothing_new: bool,
 }
 
 impl Mend {
@@ -83,6 +89,7 @@ impl Mend {
                     prefix: &[],
                     parts: &[&payload],
                 },
+                None,
                 0,
             )?;
             let raw = header.encode(shared.header.salt, offset);
@@ -96,6 +103,9 @@ impl Mend {
                 .file
                 .truncate(length)
                 .map_err(|source| shared.io("cut the torn tail of", source))?;
+        }
+        if self.nothing_new {
+            return Ok(());
         }
         // Also when nothing was mended: what the scan found may so far be only in the page cache of a process that crashed.
         shared
@@ -126,6 +136,8 @@ pub(super) struct Window {
     buffer: Vec<u8>,
     start: u64,
     end_of_file: u64,
+    /// Bytes read at once.
+    read_bytes: usize,
 }
 
 impl Window {
@@ -134,6 +146,7 @@ impl Window {
             buffer: Vec::new(),
             start: 0,
             end_of_file,
+            read_bytes: WINDOW_BYTES,
         }
     }
 
@@ -142,7 +155,7 @@ impl Window {
         let wanted_end = (offset + bytes as u64).min(self.end_of_file);
         let have = self.start..self.start + self.buffer.len() as u64;
         if offset < have.start || wanted_end > have.end {
-            let want = bytes.max(WINDOW_BYTES) as u64;
+            let want = bytes.max(self.read_bytes) as u64;
             let take = want.min(self.end_of_file.saturating_sub(offset));
             let take = usize::try_from(take).unwrap_or(0);
             self.buffer.resize(take, 0);
@@ -203,6 +216,48 @@ impl Window {
         })
     }
 
+    /// As [`Window::step`], but of a frame only header and prefix are read and verified.
+    pub(super) fn step_head(
+        &mut self,
+        shared: &Shared,
+        offset: u64,
+    ) -> Result<Step, DatafileError> {
+        if offset + FRAME_HEADER_BYTES > self.end_of_file {
+            return self.step(shared, offset);
+        }
+        let raw = self.view(shared, offset, FRAME_HEADER)?;
+        let Some(header) = FrameHeader::decode(raw, shared.header.salt, offset) else {
+            self.read_bytes = WINDOW_BYTES;
+            return self.step(shared, offset);
+        };
+        let end = offset + header.frame_bytes();
+        let prefix_bytes = usize::from(header.prefix_bytes);
+        let end_of_file = self.end_of_file;
+        let head = self.view(shared, offset, FRAME_HEADER + prefix_bytes)?;
+        let whole = end <= end_of_file && head.len() == FRAME_HEADER + prefix_bytes;
+        if !whole || !header.verify_prefix(&head[FRAME_HEADER..]) {
+            return Ok(Step::Bad {
+                end: end.min(self.end_of_file),
+                header: Some(header),
+                prefix: None,
+            });
+        }
+        // Large frames are stepped over; of small ones many are in one window.
+        self.read_bytes = match header.frame_bytes() {
+            LARGE_FRAME_BYTES.. => HEAD_BYTES,
+            _ => WINDOW_BYTES,
+        };
+        Ok(Step::Frame { header, end })
+    }
+
+    /// The prefix of the frame that [`Window::step_head`] has just returned.
+    pub(super) fn prefix(&self, header: &FrameHeader, offset: u64) -> &[u8] {
+        self.held(
+            offset + FRAME_HEADER_BYTES,
+            usize::from(header.prefix_bytes),
+        )
+    }
+
     fn only_zeros_from(&mut self, shared: &Shared, mut offset: u64) -> Result<bool, DatafileError> {
         while offset < self.end_of_file {
             let bytes = self.view(shared, offset, WINDOW_BYTES)?;
@@ -243,10 +298,12 @@ struct Bad {
     prefix: Option<Bytes>,
 }
 
-/// Scan the whole file. Frames are shown in order; frames that will be cut are not shown.
+/// Scan the file from an offset (of a frame; everything before was verified earlier). Frames are shown in order; frames that will be
+/// cut are not shown.
 pub(super) fn scan(
     shared: &Shared,
     tail: Tail,
+    from: u64,
     visit: &mut dyn FnMut(FrameView<'_>),
 ) -> Result<(ScanReport, Mend), DatafileError> {
     let end_of_file = shared
@@ -258,7 +315,7 @@ pub(super) fn scan(
     let mut bad: Vec<Bad> = Vec::new();
     // Frames behind the first bad bytes: whether they stay is known only at the end.
     let mut undecided: Vec<(u64, FrameHeader)> = Vec::new();
-    let mut offset = FILE_HEADER_BYTES;
+    let mut offset = from.max(FILE_HEADER_BYTES);
     loop {
         match window.step(shared, offset)? {
             Step::End => break,
@@ -294,7 +351,7 @@ pub(super) fn scan(
         }
     }
     let zeros_from = offset;
-    let (length, mend) = judge(&mut report, bad, &undecided, tail, zeros_from);
+    let (length, mut mend) = judge(&mut report, bad, &undecided, tail, zeros_from);
     for (offset, header) in undecided {
         if offset < length {
             window.view(
@@ -312,6 +369,7 @@ pub(super) fn scan(
         }
     }
     report.length = length;
+    mend.nothing_new = from > FILE_HEADER_BYTES && length == from && mend.truncate_to.is_none();
     Ok((report, mend))
 }
 

@@ -1,10 +1,10 @@
 //! Group commit: decide a batch of operations in order, append what they write, sync once, publish, answer.
 
-use super::entry::{EntryHead, KIND_DELETE, KIND_SET, head_bytes};
+use super::entry::{EntryHead, head_bytes};
 use super::index::{Physical, Place};
 use super::settings::NamespaceSettings;
 use super::store::{Store, Writer, append_counters, file_header, file_name};
-use super::{EngineError, Mode};
+use super::{EngineError, Mode, SyncPolicy};
 use crate::datafile::{Datafile, DatafileError, FrameParts, frame_bytes};
 use bytes::Bytes;
 use std::collections::HashMap;
@@ -12,11 +12,17 @@ use std::collections::HashMap;
 /// A datafile that holds mostly garbage is completed at this part of its full size, so that compaction can have it.
 const EARLY_ROTATION_PART: u64 = 8;
 
+/// A datafile is extended by this much ahead of small appends, at most by that part of its full size.
+const FILL_AHEAD_BYTES: u64 = 1 << 20;
+const FILL_AHEAD_PART: u64 = 8;
+
 /// What is asked.
 #[derive(Debug, Clone)]
 pub(super) enum Action {
     Set {
         value: Bytes,
+        /// CRC-32 of the value: who submits it computes it, so that the commit thread need not.
+        crc: u32,
         timestamp: Option<u32>,
     },
     Delete,
@@ -61,9 +67,12 @@ impl Done {
 struct Planned {
     operation: usize,
     key: Bytes,
+    kind: u8,
     head: Vec<u8>,
     value: Bytes,
+    value_crc: u32,
     version: u64,
+    previous: Option<u64>,
     timestamp: u32,
     deleted: bool,
     place: Place,
@@ -77,11 +86,44 @@ impl Planned {
     fn frame_bytes(&self) -> u64 {
         frame_bytes(self.payload_bytes())
     }
+
+    fn physical(&self) -> Physical {
+        Physical {
+            version: self.version,
+            previous: self.previous,
+            place: self.place,
+            value_bytes: u32::try_from(self.value.len()).unwrap_or(u32::MAX),
+            value_crc: self.value_crc,
+            timestamp: self.timestamp,
+            deleted: self.deleted,
+        }
+    }
 }
 
 /// What an earlier operation of the batch will have done to a key.
 struct Overlaid {
     value: Option<Bytes>,
+    version: u64,
+    /// Which operation.
+    operation: usize,
+}
+
+/// A SET to decide.
+#[derive(Clone, Copy)]
+struct Set<'a> {
+    key: &'a Bytes,
+    value: &'a Bytes,
+    crc: u32,
+    timestamp: Option<u32>,
+}
+
+/// What a key holds when an operation is decided.
+#[derive(Clone, Copy)]
+struct Live {
+    bytes: u64,
+    version: u64,
+    /// Of the value, if it is in a datafile.
+    crc: Option<u32>,
 }
 
 /// The state that decisions of one batch see.
@@ -93,12 +135,20 @@ struct Batch<'a> {
     live_bytes: u64,
     disk_room: u64,
     planned: Vec<Planned>,
+    /// Operations that are answered "unchanged" because of an earlier one of the batch: they stand and fall with it.
+    repeated: Vec<Repeated>,
+}
+
+#[derive(Clone, Copy)]
+struct Repeated {
+    operation: usize,
+    of: usize,
 }
 
 type Outcome = Result<Done, EngineError>;
 
 impl Store {
-    /// Carry out a batch. Everything answered `Ok` is durable.
+    /// Carry out a batch. Everything answered `Ok` is durable ([`SyncPolicy::Always`]) or will be at the next sync.
     pub(super) fn commit(
         &self,
         operations: &[Operation],
@@ -123,18 +173,28 @@ impl Store {
                 space.free_bytes.saturating_sub(self.reserve_bytes)
             }),
             planned: Vec::new(),
+            repeated: Vec::new(),
         };
         let mut outcomes: Vec<Outcome> = operations
             .iter()
             .enumerate()
             .map(|(number, operation)| batch.decide(&mut writer, number, operation))
             .collect();
-        let mut planned = std::mem::take(&mut batch.planned);
+        let Batch {
+            mut planned,
+            repeated,
+            ..
+        } = batch;
         if planned.is_empty() {
             return outcomes;
         }
         self.append_planned(&mut writer, &mut planned, &mut outcomes);
-        if let Err(error) = writer.active.sync() {
+        let stored = match self.sync {
+            SyncPolicy::Always => writer.active.sync().map_err(EngineError::from),
+            SyncPolicy::Interval(_) => Ok(()),
+        };
+        if let Err(error) = stored.and_then(|()| self.publish(&planned, &outcomes)) {
+            // Whether it is there after a restart is unknown.
             self.stop(error.to_string());
             let stopped = EngineError::Stopped {
                 reason: error.to_string(),
@@ -142,27 +202,26 @@ impl Store {
             for entry in &planned {
                 outcomes[entry.operation] = Err(stopped.clone());
             }
-            return outcomes;
         }
-        let mut state = self.state.write();
-        for entry in planned
-            .iter()
-            .filter(|entry| outcomes[entry.operation].is_ok())
-        {
-            state.index.add(
-                &entry.key,
-                &Physical {
-                    version: entry.version,
-                    place: entry.place,
-                    frame_bytes: entry.frame_bytes(),
-                    value_bytes: u32::try_from(entry.value.len()).unwrap_or(u32::MAX),
-                    value_crc: crc32fast::hash(&entry.value),
-                    timestamp: entry.timestamp,
-                    deleted: entry.deleted,
-                },
-            );
+        for Repeated { operation, of } in repeated {
+            if let Err(error) = &outcomes[of] {
+                outcomes[operation] = Err(error.clone());
+            }
         }
         outcomes
+    }
+
+    /// Let everybody see what was written.
+    fn publish(&self, planned: &[Planned], outcomes: &[Outcome]) -> Result<(), EngineError> {
+        let written = planned
+            .iter()
+            .filter(|entry| outcomes[entry.operation].is_ok());
+        let mut state = self.state.write();
+        for entry in written {
+            state.index.add(&entry.key, &entry.physical(), false)?;
+            state.dirty.insert(entry.place.file);
+        }
+        Ok(())
     }
 
     /// Append in order, rotating as files fill up. An entry that cannot be written turns its outcome into the error.
@@ -201,17 +260,34 @@ impl Store {
             .iter()
             .zip(&values)
             .map(|(entry, value)| FrameParts {
-                kind: if entry.deleted { KIND_DELETE } else { KIND_SET },
+                kind: entry.kind,
                 prefix: &entry.head,
                 parts: value,
             })
             .collect();
-        let offsets = writer.active.append_batch(&frames)?;
+        let crcs: Vec<u32> = run.iter().map(|entry| entry.value_crc).collect();
+        self.fill_ahead(writer, run);
+        let offsets = writer.active.append_summed(&frames, &crcs)?;
         let file = self.state.read().active;
         for (entry, offset) in run.iter_mut().zip(offsets) {
             entry.place = Place { file, offset };
         }
         Ok(())
+    }
+
+    /// Before small appends the file is extended for many of them at once.
+    fn fill_ahead(&self, writer: &mut Writer, run: &[Planned]) {
+        let fill = FILL_AHEAD_BYTES.min(self.datafile_bytes / FILL_AHEAD_PART);
+        let bytes: u64 = run.iter().map(Planned::frame_bytes).sum();
+        let ahead = writer.active.ahead_bytes();
+        let room = self.datafile_bytes.saturating_sub(writer.active.len());
+        if bytes <= ahead || bytes > fill / 4 || room < fill * 2 {
+            return;
+        }
+        if let Err(error) = writer.active.fill_ahead(fill) {
+            // The append itself says whether there is room for it.
+            tracing::debug!(%error, "cannot extend the datafile ahead");
+        }
     }
 
     fn rotate_if_due(&self, writer: &mut Writer, next_bytes: u64) {
@@ -230,7 +306,7 @@ impl Store {
         }
     }
 
-    fn rotate(&self, writer: &mut Writer) -> Result<(), EngineError> {
+    pub(super) fn rotate(&self, writer: &mut Writer) -> Result<(), EngineError> {
         let number = self.new_file_number();
         let path = self.dir.join(file_name(number));
         let fresh =
@@ -247,8 +323,13 @@ impl Store {
                 return Err(error.into());
             }
         };
-        if let Err(error) = writer.active.mark() {
-            self.stop(error.to_string());
+        let completed = writer.active.trim().and_then(|()| writer.active.mark());
+        if let Err(error) = completed {
+            if writer.active.is_stopped() {
+                self.stop(error.to_string());
+            }
+            // Else only the mark found no room: the old datafile goes on.
+            let _ = self.media.remove(&path);
             return Err(error.into());
         }
         let mut state = self.state.write();
@@ -268,30 +349,41 @@ impl Batch<'_> {
             return Err(EngineError::Locked);
         }
         match &operation.action {
-            Action::Set { value, timestamp } => {
-                self.decide_set(writer, number, &operation.key, value, *timestamp)
+            Action::Set {
+                value,
+                crc,
+                timestamp,
+            } => {
+                let set = Set {
+                    key: &operation.key,
+                    value,
+                    crc: *crc,
+                    timestamp: *timestamp,
+                };
+                self.decide_set(writer, number, set)
             }
             Action::Delete => self.decide_delete(writer, number, &operation.key),
         }
     }
 
-    fn decide_set(
-        &mut self,
-        writer: &mut Writer,
-        number: usize,
-        key: &Bytes,
-        value: &Bytes,
-        timestamp: Option<u32>,
-    ) -> Outcome {
+    fn decide_set(&mut self, writer: &mut Writer, number: usize, set: Set<'_>) -> Outcome {
+        let Set { key, value, .. } = set;
         let sequential = self.settings.mode == Mode::Sequential;
-        let old_bytes = self.live_value_bytes(key);
-        if sequential && !key.is_empty() && old_bytes.is_none() {
+        let old = self.live(key)?;
+        if sequential && !key.is_empty() && old.is_none() {
             return Err(EngineError::UpdateOnly);
         }
-        if self.settings.worm && old_bytes.is_some() {
+        if self.settings.worm && old.is_some() {
             return Err(EngineError::Worm);
         }
-        if old_bytes == Some(value.len() as u64) && self.is_unchanged(key, value) {
+        if let Some(old) = old
+            && self.is_unchanged(&set, old)
+        {
+            let of = self.overlay.get(key).map(|pending| pending.operation);
+            self.repeated.extend(of.map(|of| Repeated {
+                operation: number,
+                of,
+            }));
             return Ok(Done::Unchanged);
         }
         let key = if sequential && key.is_empty() {
@@ -299,16 +391,20 @@ impl Batch<'_> {
         } else {
             key.clone()
         };
-        let after = self.live_bytes - old_bytes.unwrap_or(0) + value.len() as u64;
+        let linked = old.filter(|_| self.settings.history_versions > 0);
+        let after = self.live_bytes - old.map_or(0, |old| old.bytes) + value.len() as u64;
         let quota = self.settings.maxsize_bytes;
-        let disk = frame_bytes((head_bytes(&key) + value.len()) as u64);
-        if (quota > 0 && after > quota) || disk > self.disk_room {
+        let head = head_bytes(key.len(), linked.is_some());
+        let disk = frame_bytes((head + value.len()) as u64);
+        let possible = self.store.state.read().index.accepts(&key);
+        if (quota > 0 && after > quota) || disk > self.disk_room || !possible {
             return Err(EngineError::NoSpace);
         }
         self.live_bytes = after;
         self.disk_room -= disk;
         writer.counters.next_id += 1;
-        self.plan(writer, number, &key, Some(value.clone()), timestamp);
+        let previous = linked.map(|old| old.version);
+        self.plan(writer, number, &key, Some(set), previous);
         Ok(Done::Stored(key))
     }
 
@@ -316,10 +412,10 @@ impl Batch<'_> {
         if self.settings.worm {
             return Err(EngineError::Worm);
         }
-        let Some(old_bytes) = self.live_value_bytes(key) else {
+        let Some(old) = self.live(key)? else {
             return Err(EngineError::KeyNotFound);
         };
-        self.live_bytes -= old_bytes;
+        self.live_bytes -= old.bytes;
         self.plan(writer, number, key, None, None);
         Ok(Done::Deleted)
     }
@@ -329,51 +425,68 @@ impl Batch<'_> {
         writer: &mut Writer,
         operation: usize,
         key: &Bytes,
-        value: Option<Bytes>,
-        timestamp: Option<u32>,
+        set: Option<Set<'_>>,
+        previous: Option<u64>,
     ) {
         let version = writer.counters.next_version;
         writer.counters.next_version += 1;
-        let timestamp = timestamp.unwrap_or(self.now);
+        let value = set.map(|set| set.value.clone());
+        let timestamp = set.and_then(|set| set.timestamp).unwrap_or(self.now);
         let head = EntryHead {
             version,
+            previous,
             timestamp,
+            deleted: value.is_none(),
             key,
         };
         self.planned.push(Planned {
             operation,
             key: key.clone(),
+            kind: head.kind(),
             head: head.encode(),
             deleted: value.is_none(),
             value: value.clone().unwrap_or_default(),
+            // Of nothing it is 0.
+            value_crc: set.map_or(0, |set| set.crc),
             version,
+            previous,
             timestamp,
             place: Place { file: 0, offset: 0 },
         });
-        self.overlay.insert(key.clone(), Overlaid { value });
+        let pending = Overlaid {
+            value,
+            version,
+            operation,
+        };
+        self.overlay.insert(key.clone(), pending);
     }
 
-    fn live_value_bytes(&self, key: &Bytes) -> Option<u64> {
+    fn live(&self, key: &Bytes) -> Result<Option<Live>, EngineError> {
         if let Some(pending) = self.overlay.get(key) {
-            return pending.value.as_ref().map(|value| value.len() as u64);
+            return Ok(pending.value.as_ref().map(|value| Live {
+                bytes: value.len() as u64,
+                version: pending.version,
+                crc: None,
+            }));
         }
-        let state = self.store.state.read();
-        let (_, entry) = state.index.get(key)?;
-        Some(u64::from(entry.value_bytes))
+        let entry = self.store.state.read().index.get(key)?;
+        Ok(entry.map(|entry| Live {
+            bytes: u64::from(entry.value_bytes),
+            version: entry.version,
+            crc: Some(entry.value_crc),
+        }))
     }
 
-    /// Only when the checksum agrees are the bytes read and compared. What cannot be read counts as changed.
-    fn is_unchanged(&self, key: &Bytes, value: &Bytes) -> bool {
+    /// Only when size and checksum agree are the bytes read and compared. What cannot be read counts as changed.
+    fn is_unchanged(&self, set: &Set<'_>, old: Live) -> bool {
+        let Set {
+            key, value, crc, ..
+        } = *set;
         if let Some(pending) = self.overlay.get(key) {
             return pending.value.as_ref() == Some(value);
         }
-        let stored_crc = {
-            let state = self.store.state.read();
-            state.index.get(key).map(|(_, entry)| entry.value_crc)
-        };
-        if stored_crc != Some(crc32fast::hash(value)) {
-            return false;
-        }
-        matches!(self.store.get(key), Ok(Some(stored)) if stored.value == *value)
+        old.bytes == value.len() as u64
+            && old.crc == Some(crc)
+            && matches!(self.store.get(key), Ok(Some(stored)) if stored.value == *value)
     }
 }

@@ -1,32 +1,37 @@
 //! Compaction: copy what a datafile holds that is still needed, then remove it.
 //!
-//! Crash-safe by order: the copies are durable before they are published, the old datafile's name is durably gone before its entries
+//! Crash-safe by order: copies are durable before they are published, the old datafile's name is durably gone before its entries
 //! are forgotten. A crash in between leaves copies of the same version, of which the index takes one; a tombstone is copied as
 //! long as an entry exists on disk that would come back without it.
+//!
+//! Paced: after every batch the caller is asked, and may wait, so that what is written meanwhile finds the disk free.
 
 use super::EngineError;
-use super::entry::{EntryHead, KIND_COUNTERS, KIND_DELETE, KIND_SET};
-use super::index::{Key, Place};
+use super::entry::EntryHead;
+use super::index::Place;
+use super::snapshot::{Known, Told};
 use super::store::{DamageReport, Store, append_counters, file_header, file_name};
 use crate::datafile::{Datafile, DatafileError, DatafileReader, Frame, FrameParts, frame_bytes};
 use bytes::Bytes;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
-/// Copies are written in batches of about this size.
-const COPY_BATCH_BYTES: u64 = 4 << 20;
+/// Bytes copied between two syncs; small, since what is written meanwhile waits for the disk.
+const COPY_BATCH_BYTES: u64 = 1 << 20;
+/// Entries handled under one lock of the index.
+const BATCH_ENTRIES: usize = 512;
 
-struct Copied {
-    key: Key,
-    from: Place,
-    to: Place,
-    bytes: u64,
-}
+/// Asked after every batch, which took so long: go on?
+pub(super) type GoOn<'a> = &'a dyn Fn(Duration) -> bool;
 
-/// What one pass over a victim collected.
-#[derive(Default)]
-struct Pass {
-    /// All physical entries of the victim whose key the index knows.
-    physical: Vec<(Key, Place)>,
-    copied: Vec<Copied>,
+/// A pass over a victim.
+struct Pass<'a> {
+    reader: &'a DatafileReader,
+    victim: u32,
+    /// Where copies go.
+    number: u32,
+    output: Option<Datafile>,
     damaged: bool,
 }
 
@@ -48,8 +53,8 @@ impl Store {
             .map(|(file, _)| file)
     }
 
-    /// Compact one datafile; `false` if none is worth it. `go_on` is asked between batches.
-    pub(super) fn compact_step(&self, go_on: &dyn Fn() -> bool) -> Result<bool, EngineError> {
+    /// Compact one datafile; `false` if none is worth it, or told to stop.
+    pub(super) fn compact_step(&self, go_on: GoOn<'_>) -> Result<bool, EngineError> {
         let Some(victim) = self.compaction_victim() else {
             return Ok(false);
         };
@@ -59,23 +64,27 @@ impl Store {
             return Ok(false);
         };
         let before = self.state.read().index.file_use(victim).live_bytes;
-        let number = self.new_file_number();
-        let output = self.dir.join(file_name(number));
-        let pass = match self.copy_needed(&reader, victim, number, go_on) {
-            Ok(Some(pass)) => pass,
-            stopped => {
-                // Never published. If the removal is lost, the next open finds copies, which are harmless.
-                let _ = self.media.remove(&output);
-                return stopped.map(|_| false);
-            }
+        let mut pass = Pass {
+            reader: &reader,
+            victim,
+            number: self.new_file_number(),
+            output: None,
+            damaged: false,
         };
+        let copied = self.copy_needed(&mut pass, go_on);
+        // What was copied is durable and in use, whatever came then; a mark for which there is no room is only missed.
+        if let Some(mut output) = pass.output.take()
+            && let Err(error) = output.mark()
+            && output.is_stopped()
+        {
+            self.stop(error.to_string());
+            return Err(error.into());
+        }
+        if !copied? {
+            return Ok(false);
+        }
         {
             let mut state = self.state.write();
-            for copy in &pass.copied {
-                state
-                    .index
-                    .add_copy(&copy.key, copy.from, copy.to, copy.bytes);
-            }
             let left = state.index.file_use(victim).live_bytes;
             if left > 0 {
                 // Part of what is needed could not be read: the file stays, as evidence and as the answer "corrupt".
@@ -84,148 +93,208 @@ impl Store {
                 return Ok(left < before);
             }
         }
-        self.media
-            .remove(reader.path())
-            .map_err(EngineError::io("remove", reader.path()))?;
-        self.media
-            .sync_dir(&self.dir)
-            .map_err(EngineError::io("sync directory", &self.dir))?;
-        let mut state = self.state.write();
-        for (key, place) in &pass.physical {
-            state.index.forget(key, *place);
-        }
-        state.index.forget_file(victim);
-        state.readers.remove(&victim);
-        state.blocked.remove(&victim);
+        self.remove_compacted(victim, &reader, go_on)?;
         Ok(true)
     }
 
-    /// Copy the needed entries into a new datafile, durably; `None` when told to stop.
-    fn copy_needed(
+    /// Nothing in the datafile is needed any more.
+    fn remove_compacted(
         &self,
-        reader: &DatafileReader,
         victim: u32,
-        number: u32,
-        go_on: &dyn Fn() -> bool,
-    ) -> Result<Option<Pass>, EngineError> {
-        let mut pass = Pass::default();
-        let mut output: Option<Datafile> = None;
-        let mut batch: Vec<(Key, Frame)> = Vec::new();
+        reader: &DatafileReader,
+        go_on: GoOn<'_>,
+    ) -> Result<(), EngineError> {
+        if self.sync != super::SyncPolicy::Always {
+            // What made its entries unneeded must not be lost while they are.
+            self.sync_active()?;
+        }
+        match self.media.remove(reader.path()) {
+            // A flush was faster.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            removed => removed.map_err(EngineError::io("remove", reader.path()))?,
+        }
+        self.media
+            .sync_dir(&self.dir)
+            .map_err(EngineError::io("sync directory", &self.dir))?;
+        self.forget_entries(victim, reader, go_on)?;
+        self.forget_file(victim);
+        Ok(())
+    }
+
+    /// The entries of a datafile whose name is gone.
+    fn forget_entries(
+        &self,
+        victim: u32,
+        reader: &DatafileReader,
+        go_on: GoOn<'_>,
+    ) -> Result<(), EngineError> {
+        let mut heads = reader.heads(0);
+        let mut done = false;
+        while !done {
+            let began = Instant::now();
+            let mut gone: Vec<(Vec<u8>, Place, u64)> = Vec::with_capacity(BATCH_ENTRIES);
+            while gone.len() < BATCH_ENTRIES {
+                let Some(head) = heads.next() else {
+                    done = true;
+                    break;
+                };
+                match head.map(|head| Known::tell(victim, &head)) {
+                    Ok(Told::Entry(known)) => {
+                        gone.push((known.head.key.to_vec(), known.place, known.head.version));
+                    }
+                    // An entry that cannot be told counts as there until the next open: that keeps tombstones longer, no more.
+                    Ok(_) | Err(DatafileError::Damaged { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            let mut state = self.state.write();
+            // Looked up under the lock: a flush may come in between.
+            let flushed_before = self.flushed_before.load(Ordering::Acquire);
+            for (key, place, version) in gone {
+                if version >= flushed_before {
+                    state.index.forget(&key, place)?;
+                }
+            }
+            drop(state);
+            // Not to be given up half way; only paced.
+            let _ = go_on(began.elapsed());
+        }
+        Ok(())
+    }
+
+    /// Copy the needed entries into a new datafile, durably; `false` when told to stop.
+    fn copy_needed(&self, pass: &mut Pass<'_>, go_on: GoOn<'_>) -> Result<bool, EngineError> {
+        let mut heads = pass.reader.heads(0);
+        let mut batch: Vec<Frame> = Vec::new();
         let mut batch_bytes = 0;
-        for frame in reader.frames(0) {
-            let frame = match frame {
-                Ok(frame) => frame,
+        let mut began = Instant::now();
+        while let Some(head) = heads.next() {
+            let (place, payload_bytes, key) = match head {
+                Ok(head) => match Known::tell(pass.victim, &head) {
+                    Told::Entry(known) if self.is_needed(&known)? => {
+                        let key = Bytes::copy_from_slice(known.head.key);
+                        (known.place, head.payload_bytes, key)
+                    }
+                    _ => continue,
+                },
                 Err(DatafileError::Damaged {
                     path,
                     offset,
                     bytes,
                 }) => {
-                    pass.damaged = true;
-                    self.report(DamageReport {
-                        path,
-                        offset,
-                        bytes,
-                        key: None,
-                    });
+                    self.report_damage(pass, path, offset..offset + bytes, None);
                     continue;
                 }
                 Err(error) => return Err(error.into()),
             };
-            let Some((key, place)) = self.known(victim, &frame) else {
-                continue;
-            };
-            pass.physical.push((key.clone(), place));
-            if self.state.read().index.is_needed(&key, place) {
-                batch_bytes += frame.payload.len() as u64;
-                batch.push((key, frame));
-            }
-            if batch_bytes >= COPY_BATCH_BYTES {
-                self.write_copies(&mut output, victim, number, &mut batch, &mut pass)?;
-                batch_bytes = 0;
-                if !go_on() {
-                    return Ok(None);
+            match pass.reader.read_sized(place.offset, payload_bytes) {
+                Ok(frame) => {
+                    batch_bytes += frame.payload.len() as u64;
+                    batch.push(frame);
                 }
+                Err(DatafileError::Damaged {
+                    path,
+                    offset,
+                    bytes,
+                }) => self.report_damage(pass, path, offset..offset + bytes, Some(key)),
+                Err(error) => return Err(error.into()),
+            }
+            if batch_bytes >= COPY_BATCH_BYTES || batch.len() >= BATCH_ENTRIES {
+                self.write_copies(pass, &mut batch)?;
+                batch_bytes = 0;
+                if !go_on(began.elapsed()) {
+                    return Ok(false);
+                }
+                began = Instant::now();
             }
         }
-        self.write_copies(&mut output, victim, number, &mut batch, &mut pass)?;
-        if let Some(mut output) = output {
-            output.mark()?;
-            self.state.write().readers.insert(number, output.reader());
-        }
-        Ok(Some(pass))
+        self.write_copies(pass, &mut batch)?;
+        Ok(true)
     }
 
-    /// The key and place of an entry whose key the index knows.
-    fn known(&self, victim: u32, frame: &Frame) -> Option<(Key, Place)> {
-        if !matches!(frame.kind, KIND_SET | KIND_DELETE) {
-            debug_assert_eq!(frame.kind, KIND_COUNTERS);
-            return None;
-        }
-        let head = EntryHead::decode(&frame.payload)?;
-        let key = self.state.read().index.shared_key(head.key)?;
-        let place = Place {
-            file: victim,
-            offset: frame.offset,
-        };
-        Some((key, place))
-    }
-
-    fn write_copies(
+    fn report_damage(
         &self,
-        output: &mut Option<Datafile>,
-        victim: u32,
-        number: u32,
-        batch: &mut Vec<(Key, Frame)>,
-        pass: &mut Pass,
-    ) -> Result<(), EngineError> {
+        pass: &mut Pass<'_>,
+        path: PathBuf,
+        range: std::ops::Range<u64>,
+        key: Option<Bytes>,
+    ) {
+        pass.damaged = true;
+        self.report(DamageReport {
+            path,
+            offset: range.start,
+            bytes: range.end - range.start,
+            key,
+        });
+    }
+
+    fn is_needed(&self, known: &Known<'_>) -> Result<bool, EngineError> {
+        let state = self.state.read();
+        let flushed = known.head.version < self.flushed_before.load(Ordering::Acquire);
+        Ok(!flushed && state.index.is_needed(known.head.key, known.place)?)
+    }
+
+    /// Append, sync, publish.
+    fn write_copies(&self, pass: &mut Pass<'_>, batch: &mut Vec<Frame>) -> Result<(), EngineError> {
         if batch.is_empty() {
             return Ok(());
         }
-        let file = match output {
+        let output = match &mut pass.output {
             Some(file) => file,
             None => {
-                let path = self.dir.join(file_name(number));
-                let mut file = Datafile::create(&self.media, &path, file_header(number))?;
+                let path = self.dir.join(file_name(pass.number));
+                let mut file = Datafile::create(&self.media, &path, file_header(pass.number))?;
                 append_counters(&mut file, self.writer.lock().counters)?;
-                output.insert(file)
+                self.state
+                    .write()
+                    .readers
+                    .insert(pass.number, file.reader());
+                pass.output.insert(file)
             }
         };
-        let split: Vec<(u8, Bytes, [&[u8]; 1])> = batch
+        let split: Vec<(&[u8], [&[u8]; 1])> = batch.iter().map(split_at_head).collect();
+        let frames: Vec<FrameParts<'_>> = batch
             .iter()
-            .map(|(key, frame)| {
-                let head = super::entry::head_bytes(key);
-                (
-                    frame.kind,
-                    frame.payload.slice(..head),
-                    [&frame.payload[head..]],
-                )
-            })
-            .collect();
-        let frames: Vec<FrameParts<'_>> = split
-            .iter()
-            .map(|(kind, prefix, parts)| FrameParts {
-                kind: *kind,
+            .zip(&split)
+            .map(|(frame, (prefix, value))| FrameParts {
+                kind: frame.kind,
                 prefix,
-                parts,
+                parts: value,
             })
             .collect();
-        let offsets = file.append_batch(&frames)?;
-        drop(frames);
-        drop(split);
-        for ((key, frame), offset) in batch.drain(..).zip(offsets) {
-            pass.copied.push(Copied {
-                key,
-                from: Place {
-                    file: victim,
-                    offset: frame.offset,
-                },
-                to: Place {
-                    file: number,
-                    offset,
-                },
-                bytes: frame_bytes(frame.payload.len() as u64),
-            });
+        let offsets = output.append_batch(&frames)?;
+        if let Err(error) = output.sync() {
+            self.stop(error.to_string());
+            return Err(error.into());
         }
+        let mut state = self.state.write();
+        let flushed_before = self.flushed_before.load(Ordering::Acquire);
+        for (frame, offset) in batch.iter().zip(offsets) {
+            let bytes = frame_bytes(frame.payload.len() as u64);
+            let from = Place {
+                file: pass.victim,
+                offset: frame.offset,
+            };
+            let to = Place {
+                file: pass.number,
+                offset,
+            };
+            match EntryHead::decode(frame.kind, &frame.payload) {
+                Some(head) if head.version >= flushed_before => {
+                    state.index.add_copy(head.key, from, to, bytes)?;
+                }
+                _ => state.index.add_bytes(pass.number, bytes),
+            }
+        }
+        state.dirty.insert(pass.number);
+        drop(state);
+        batch.clear();
         Ok(())
     }
+}
+
+fn split_at_head(frame: &Frame) -> (&[u8], [&[u8]; 1]) {
+    let head = EntryHead::decode(frame.kind, &frame.payload);
+    let (prefix, value) = frame.payload.split_at(head.map_or(0, |head| head.bytes()));
+    (prefix, [value])
 }

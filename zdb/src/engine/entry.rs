@@ -8,6 +8,8 @@ pub(super) const KIND_SET: u8 = 1;
 pub(super) const KIND_DELETE: u8 = 2;
 /// The counters of the namespace when this was written; every datafile begins with them.
 pub(super) const KIND_COUNTERS: u8 = 3;
+/// A value was set over another that is kept as history: the head names the version before.
+pub(super) const KIND_SET_LINKED: u8 = 4;
 
 /// Longest key of the protocol.
 pub const KEY_BYTES_MAX: usize = 255;
@@ -15,41 +17,73 @@ pub const KEY_BYTES_MAX: usize = 255;
 pub const VALUE_BYTES_MAX: usize = 8 << 20;
 
 const FIXED: usize = 16;
+const LINK: usize = 8;
 
 /// The part of an entry that stands before its value, with a checksum of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct EntryHead<'a> {
     /// Higher is newer; unique in a namespace except for copies made by compaction.
     pub(super) version: u64,
+    /// The version before it ([`KIND_SET_LINKED`]).
+    pub(super) previous: Option<u64>,
     /// Unix seconds.
     pub(super) timestamp: u32,
+    pub(super) deleted: bool,
     pub(super) key: &'a [u8],
 }
 
 /// Bytes before the value.
-pub(super) fn head_bytes(key: &[u8]) -> usize {
-    FIXED + key.len()
+pub(super) fn head_bytes(key_bytes: usize, linked: bool) -> usize {
+    FIXED + key_bytes + if linked { LINK } else { 0 }
 }
 
 impl<'a> EntryHead<'a> {
+    pub(super) fn kind(&self) -> u8 {
+        match (self.deleted, self.previous) {
+            (true, _) => KIND_DELETE,
+            (false, None) => KIND_SET,
+            (false, Some(_)) => KIND_SET_LINKED,
+        }
+    }
+
     pub(super) fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(FIXED + self.key.len());
+        let mut bytes = Vec::with_capacity(FIXED + LINK + self.key.len());
         bytes.extend_from_slice(&self.version.to_le_bytes());
         bytes.extend_from_slice(&self.timestamp.to_le_bytes());
         bytes.push(u8::try_from(self.key.len()).expect("keys are checked to be at most 255 bytes"));
         bytes.extend_from_slice(&[0; 3]);
         bytes.extend_from_slice(self.key);
+        if let Some(previous) = self.previous {
+            bytes.extend_from_slice(&previous.to_le_bytes());
+        }
         bytes
     }
 
-    /// From the first bytes of a payload (or its whole prefix).
-    pub(super) fn decode(bytes: &'a [u8]) -> Option<Self> {
-        let key_bytes = usize::from(*bytes.get(12)?);
+    /// From the first bytes of a payload (or its whole prefix); `None` if the kind is not that of an entry.
+    pub(super) fn decode(kind: u8, bytes: &'a [u8]) -> Option<Self> {
+        if !matches!(kind, KIND_SET | KIND_DELETE | KIND_SET_LINKED) {
+            return None;
+        }
+        let key_end = FIXED + usize::from(*bytes.get(12)?);
+        let previous = match kind {
+            KIND_SET_LINKED => {
+                let link = bytes.get(key_end..key_end + LINK)?;
+                Some(u64::from_le_bytes(link.try_into().ok()?))
+            }
+            _ => None,
+        };
         Some(Self {
             version: u64::from_le_bytes(bytes.get(0..8)?.try_into().ok()?),
+            previous,
             timestamp: u32::from_le_bytes(bytes.get(8..12)?.try_into().ok()?),
-            key: bytes.get(FIXED..FIXED + key_bytes)?,
+            deleted: kind == KIND_DELETE,
+            key: bytes.get(FIXED..key_end)?,
         })
+    }
+
+    /// Its own length.
+    pub(super) fn bytes(&self) -> usize {
+        head_bytes(self.key.len(), self.previous.is_some())
     }
 }
 

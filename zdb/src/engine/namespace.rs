@@ -1,25 +1,20 @@
 //! A namespace: the store, its settings, and the thread that commits.
 
-use super::commit::{Action, Done, Operation};
-use super::settings::{MARKER, NamespaceSettings};
+use super::commit::{Action, Operation};
+use super::index::Listed;
+use super::lifecycle::{remove_deleted, stored_settings};
+use super::queue::{Answer, Queue};
+use super::read::{KeyVersion, RawEntry, Reading};
+use super::settings::{DELETED, MARKER, NamespaceSettings};
 use super::store::{DamageReport, Store, take_lock};
+use super::threads::{Maintenance, Shared};
 use super::{EngineError, EngineOptions, KEY_BYTES_MAX, Mode, VALUE_BYTES_MAX};
 use bytes::Bytes;
-use parking_lot::{Condvar, Mutex, RwLock};
-use std::collections::VecDeque;
+use parking_lot::{Mutex, RwLock};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::sync::oneshot;
-
-/// Operations and bytes of one commit.
-const BATCH_OPERATIONS_MAX: usize = 4096;
-const BATCH_BYTES_MAX: usize = 32 << 20;
-
-/// A namespace without writes for this long marks its datafile.
-const IDLE_AFTER: Duration = Duration::from_millis(500);
 
 /// How to open a namespace.
 #[derive(Debug, Clone)]
@@ -64,6 +59,8 @@ pub struct Usage {
     pub keys: u64,
     /// Live payload bytes; what the quota counts.
     pub used_bytes: u64,
+    /// Payload bytes of older versions that are kept.
+    pub history_bytes: u64,
     /// What can still be stored: the smaller of quota and disk.
     pub free_bytes: u64,
     /// Free bytes of the disk.
@@ -96,34 +93,12 @@ pub struct KeyPage {
     pub next: Option<u64>,
 }
 
-struct Waiting {
-    operation: Operation,
-    answer: oneshot::Sender<Result<Done, EngineError>>,
-}
-
-#[derive(Default)]
-struct Queue {
-    waiting: VecDeque<Waiting>,
-    closed: bool,
-}
-
-/// What the threads of a namespace share.
-struct Shared {
-    name: String,
-    store: Store,
-    settings: RwLock<NamespaceSettings>,
-    queue: Mutex<Queue>,
-    wake: Condvar,
-    compacting: AtomicBool,
-    closing: AtomicBool,
-    compaction: bool,
-    compaction_turn: Arc<Mutex<()>>,
-}
-
 /// A namespace of an [`super::Engine`].
 pub struct Namespace {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     committer: Mutex<Option<JoinHandle<()>>>,
+    /// Held while the settings change.
+    pub(super) changing: Mutex<()>,
 }
 
 impl std::fmt::Debug for Namespace {
@@ -136,13 +111,6 @@ impl std::fmt::Debug for Namespace {
     }
 }
 
-fn unix_seconds() -> u32 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    now.map_or(0, |since| {
-        u32::try_from(since.as_secs()).unwrap_or(u32::MAX)
-    })
-}
-
 impl Namespace {
     pub(super) fn open(
         engine: &EngineOptions,
@@ -151,6 +119,10 @@ impl Namespace {
     ) -> Result<Self, EngineError> {
         let media = &engine.media;
         let dir = &options.dir;
+        if options.create && media.exists(&dir.join(DELETED)) && !media.exists(&dir.join(MARKER)) {
+            // Deleted, but a crash left part of it.
+            remove_deleted(media, dir)?;
+        }
         if options.create {
             media
                 .create_dir_all(dir)
@@ -159,37 +131,28 @@ impl Namespace {
             return Err(EngineError::Gone { dir: dir.clone() });
         }
         let lock = take_lock(media, dir)?;
-        let settings = match NamespaceSettings::load(media, dir)? {
-            Some(stored) if !options.replace_settings => stored,
-            None if !options.create => return Err(EngineError::Gone { dir: dir.clone() }),
-            stored => {
-                if stored.as_ref() != Some(&options.settings) {
-                    options.settings.save(media, dir)?;
-                }
-                options.settings
-            }
-        };
-        let store = Store::open(engine, dir, settings.mode, lock)?;
+        let stored = stored_settings(media, &options)?;
+        let store = Store::open(engine, dir, &stored, lock)?;
         let shared = Arc::new(Shared {
             name: options.name,
             store,
-            settings: RwLock::new(settings),
-            queue: Mutex::default(),
-            wake: Condvar::new(),
-            compacting: AtomicBool::new(false),
+            settings: RwLock::new(stored.settings),
+            queue: Queue::default(),
             closing: AtomicBool::new(false),
             compaction: engine.compaction,
             compaction_turn,
+            maintenance: Maintenance::default(),
         });
         let committing = Arc::clone(&shared);
         let committer = std::thread::Builder::new()
             .name("zdb-commit".to_owned())
             .spawn(move || committing.commit_loop())
             .map_err(EngineError::io("start the commit thread for", dir))?;
-        shared.start_compaction();
+        shared.start_maintenance();
         Ok(Self {
             shared,
             committer: Mutex::new(Some(committer)),
+            changing: Mutex::new(()),
         })
     }
 
@@ -208,29 +171,6 @@ impl Namespace {
         self.shared.settings.read().clone()
     }
 
-    /// Change settings; durable when this returns. The mode can change only while nothing was ever written.
-    pub fn change_settings(
-        &self,
-        change: impl FnOnce(&mut NamespaceSettings),
-    ) -> Result<(), EngineError> {
-        let store = &self.shared.store;
-        store.check_alive()?;
-        let mut settings = self.shared.settings.write();
-        let mut changed = settings.clone();
-        change(&mut changed);
-        if changed.mode != settings.mode {
-            if !self.is_unused() {
-                return Err(EngineError::InUseMode);
-            }
-            let mut state = store.state.write();
-            state.index.set_sequential(changed.mode == Mode::Sequential);
-        }
-        changed.save(&store.media, &store.dir)?;
-        store.remember_identity()?;
-        *settings = changed;
-        Ok(())
-    }
-
     /// Was nothing ever written?
     pub fn is_unused(&self) -> bool {
         self.shared.store.writer.lock().counters.next_version <= 1
@@ -238,6 +178,9 @@ impl Namespace {
 
     /// The value of a key, verified.
     pub async fn get(&self, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
+        if let Some(known) = self.get_cached(key) {
+            return known;
+        }
         let shared = Arc::clone(&self.shared);
         let key = key.to_vec();
         let read = tokio::task::spawn_blocking(move || shared.get(&key)).await;
@@ -247,6 +190,22 @@ impl Namespace {
     /// As [`Namespace::get`], on this thread.
     pub fn get_blocking(&self, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
         self.shared.get(key)
+    }
+
+    /// The value of a key, verified, if that is known without waiting for the disk.
+    pub fn get_cached(&self, key: &[u8]) -> Option<Result<Option<Bytes>, EngineError>> {
+        self.shared.get_cached(key).transpose()
+    }
+
+    /// A version of a key, `None` for the current one, with its value, verified. `Ok(None)`: there is no such key (now).
+    /// [`EngineError::UnknownVersion`]: the key has no such version, or it is not kept any more.
+    pub fn history(
+        &self,
+        key: &[u8],
+        version: Option<u64>,
+    ) -> Result<Option<KeyVersion>, EngineError> {
+        self.shared.check_readable()?;
+        self.shared.store.version(key, version)
     }
 
     /// Set a key; durable when this returns. `None` if the value was the same already, else the key (in sequential mode the new one).
@@ -279,9 +238,14 @@ impl Namespace {
         if value.len() > VALUE_BYTES_MAX {
             return Err(EngineError::ValueSize { bytes: value.len() });
         }
+        let crc = crc32fast::hash(&value);
         self.submit(Operation {
             key,
-            action: Action::Set { value, timestamp },
+            action: Action::Set {
+                value,
+                crc,
+                timestamp,
+            },
         })
     }
 
@@ -294,32 +258,24 @@ impl Namespace {
     }
 
     fn submit(&self, operation: Operation) -> Result<Answer, EngineError> {
-        let (answer, waits) = oneshot::channel();
-        let mut queue = self.shared.queue.lock();
-        if queue.closed {
-            return Err(EngineError::Closed);
-        }
-        queue.waiting.push_back(Waiting { operation, answer });
-        drop(queue);
-        self.shared.wake.notify_one();
-        Ok(Answer(waits))
+        self.shared.queue.submit(operation)
     }
 
     /// Is there such a key?
-    pub fn exists(&self, key: &[u8]) -> bool {
-        self.stat(key).is_some()
+    pub fn exists(&self, key: &[u8]) -> Result<bool, EngineError> {
+        Ok(self.stat(key)?.is_some())
     }
 
     /// What is known of a key without reading its value.
-    pub fn stat(&self, key: &[u8]) -> Option<KeyStat> {
+    pub fn stat(&self, key: &[u8]) -> Result<Option<KeyStat>, EngineError> {
         let state = self.shared.store.state.read();
-        let (_, entry) = state.index.get(key)?;
-        Some(KeyStat {
+        let entry = state.index.get(key)?;
+        Ok(entry.map(|entry| KeyStat {
             key: Bytes::copy_from_slice(key),
             bytes: entry.value_bytes,
             timestamp: entry.timestamp,
-            position: state.index.position(key)?,
-        })
+            position: state.index.position(key, &entry),
+        }))
     }
 
     /// Read and verify a value without returning it: `None` no such key, `Some(false)` corrupt.
@@ -333,15 +289,23 @@ impl Namespace {
     }
 
     /// Keys behind a position (`None`: from the first) in scan order: last-written in user mode, id in sequential mode.
-    pub fn keys_after(&self, position: Option<u64>, keys_max: usize) -> KeyPage {
+    pub fn keys_after(
+        &self,
+        position: Option<u64>,
+        keys_max: usize,
+    ) -> Result<KeyPage, EngineError> {
         let state = self.shared.store.state.read();
-        page(state.index.after(position), keys_max)
+        Ok(page(state.index.walk(position, true, keys_max)?))
     }
 
     /// Keys before a position (`None`: from the last), backwards.
-    pub fn keys_before(&self, position: Option<u64>, keys_max: usize) -> KeyPage {
+    pub fn keys_before(
+        &self,
+        position: Option<u64>,
+        keys_max: usize,
+    ) -> Result<KeyPage, EngineError> {
         let state = self.shared.store.state.read();
-        page(state.index.before(position), keys_max)
+        Ok(page(state.index.walk(position, false, keys_max)?))
     }
 
     /// Counters.
@@ -363,6 +327,7 @@ impl Namespace {
         Ok(Usage {
             keys: state.index.live_keys(),
             used_bytes,
+            history_bytes: state.index.history_bytes(),
             free_bytes: disk_free_bytes.min(quota_free),
             disk_free_bytes,
             datafile_bytes: state
@@ -381,7 +346,7 @@ impl Namespace {
 
     /// Is the directory still the one that was opened, and does the namespace still write?
     pub fn is_alive(&self) -> Result<(), EngineError> {
-        if self.shared.closing.load(Ordering::Acquire) {
+        if self.is_closed() {
             return Err(EngineError::Closed);
         }
         self.shared.store.check_alive()?;
@@ -390,45 +355,51 @@ impl Namespace {
 
     /// Was it closed?
     pub fn is_closed(&self) -> bool {
-        self.shared.closing.load(Ordering::Acquire)
+        self.shared.is_closing()
     }
 
     /// Compact until nothing is worth it; for tests and tools. The background does it by itself.
     pub fn compact_now(&self) -> Result<(), EngineError> {
-        while self.shared.store.compact_step(&|| !self.is_closed())? {}
+        while self.shared.step(false)? {}
         Ok(())
+    }
+
+    /// The entry that stands at (or next behind) an offset of a datafile, 0 for the first; `None` at its end, or if there is no such file.
+    pub fn raw_entry(&self, file: u32, offset: u64) -> Result<Option<RawEntry>, EngineError> {
+        self.shared.check_readable()?;
+        self.shared.store.raw_entry(file, offset)
+    }
+
+    /// The datafile that is written to, and how far it is filled.
+    pub fn active_datafile(&self) -> (u32, u64) {
+        let writer = self.shared.store.writer.lock();
+        let file = self.shared.store.state.read().active;
+        (file, writer.active.len())
+    }
+
+    /// Datafiles that were written to since the start or the last reset.
+    pub fn dirty_datafiles(&self) -> Vec<u32> {
+        let state = self.shared.store.state.read();
+        state.dirty.iter().copied().collect()
+    }
+
+    /// Forget which datafiles were written to.
+    pub fn reset_dirty_datafiles(&self) {
+        self.shared.store.state.write().dirty.clear();
     }
 
     /// Answer what is queued, then stop. Idempotent.
     pub(super) fn close(&self) {
         self.shared.closing.store(true, Ordering::Release);
-        self.shared.queue.lock().closed = true;
-        self.shared.wake.notify_all();
+        self.shared.queue.close();
+        self.shared.maintenance.wake();
         if let Some(committer) = self.committer.lock().take() {
             let _ = committer.join();
             // A compaction sees `closing` between two batches.
-            drop(self.shared.compaction_turn.lock());
+            let exclusive = self.shared.maintenance.interrupt();
             self.shared.store.close();
+            drop(exclusive);
         }
-    }
-
-    pub(super) fn remove_files(&self) -> Result<(), EngineError> {
-        let store = &self.shared.store;
-        let names = store
-            .media
-            .list(&store.dir)
-            .map_err(EngineError::io("list", &store.dir))?;
-        for name in names {
-            let path = store.dir.join(name);
-            store
-                .media
-                .remove(&path)
-                .map_err(EngineError::io("remove", &path))?;
-        }
-        store
-            .media
-            .remove_dir(&store.dir)
-            .map_err(EngineError::io("remove directory", &store.dir))
     }
 }
 
@@ -438,44 +409,14 @@ impl Drop for Namespace {
     }
 }
 
-/// The answer to something in the queue.
-pub(crate) struct Answer(oneshot::Receiver<Result<Done, EngineError>>);
-
-impl Answer {
-    /// Wait for a SET: the key, or `None` if the value was the same already.
-    pub(crate) async fn stored(&mut self) -> Result<Option<Bytes>, EngineError> {
-        match (&mut self.0).await {
-            Ok(outcome) => outcome.map(Done::key),
-            Err(_) => Err(EngineError::Closed),
-        }
-    }
-
-    /// Wait for a DEL.
-    pub(crate) async fn deleted(&mut self) -> Result<(), EngineError> {
-        self.stored().await.map(|_| ())
-    }
-
-    /// As [`Answer::stored`], if it is known already.
-    pub(crate) fn try_stored(&mut self) -> Option<Result<Option<Bytes>, EngineError>> {
-        match self.0.try_recv() {
-            Ok(outcome) => Some(outcome.map(Done::key)),
-            Err(oneshot::error::TryRecvError::Empty) => None,
-            Err(oneshot::error::TryRecvError::Closed) => Some(Err(EngineError::Closed)),
-        }
-    }
-}
-
-fn page<'a>(
-    keys: impl Iterator<Item = (u64, &'a super::index::Key, &'a super::index::Entry)>,
-    keys_max: usize,
-) -> KeyPage {
+fn page(keys: Vec<Listed>) -> KeyPage {
     let keys: Vec<KeyStat> = keys
-        .take(keys_max)
-        .map(|(position, key, entry)| KeyStat {
-            key: Bytes::copy_from_slice(key),
-            bytes: entry.value_bytes,
-            timestamp: entry.timestamp,
-            position,
+        .into_iter()
+        .map(|listed| KeyStat {
+            key: listed.key,
+            bytes: listed.entry.value_bytes,
+            timestamp: listed.entry.timestamp,
+            position: listed.position,
         })
         .collect();
     KeyPage {
@@ -485,106 +426,25 @@ fn page<'a>(
 }
 
 impl Shared {
-    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
-        if self.closing.load(Ordering::Acquire) {
+    fn check_readable(&self) -> Result<(), EngineError> {
+        if self.is_closing() {
             return Err(EngineError::Closed);
         }
         if self.settings.read().frozen {
             return Err(EngineError::Frozen);
         }
         // A directory that was removed stays readable through open files; an answer from it would hide the loss.
-        self.store.check_alive()?;
+        self.store.check_alive_lately()
+    }
+
+    fn get(&self, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
+        self.check_readable()?;
         Ok(self.store.get(key)?.map(|stored| stored.value))
     }
 
-    fn commit_loop(self: Arc<Self>) {
-        while let Some((operations, answers)) = self.next_batch() {
-            let settings = self.settings.read().clone();
-            let outcomes = self.store.commit(&operations, &settings, unix_seconds());
-            // Whoever waits no longer has given up; the outcome stands all the same.
-            for (answer, outcome) in answers.into_iter().zip(outcomes) {
-                let _ = answer.send(outcome);
-            }
-            self.start_compaction();
-        }
-    }
-
-    #[expect(
-        clippy::type_complexity,
-        reason = "two parallel lists: the operations are lent to the store while the answers wait"
-    )]
-    fn next_batch(
-        &self,
-    ) -> Option<(
-        Vec<Operation>,
-        Vec<oneshot::Sender<Result<Done, EngineError>>>,
-    )> {
-        let mut queue = self.queue.lock();
-        let mut idle = false;
-        while queue.waiting.is_empty() {
-            if queue.closed {
-                return None;
-            }
-            if idle {
-                self.wake.wait(&mut queue);
-            } else if self.wake.wait_for(&mut queue, IDLE_AFTER).timed_out() {
-                idle = true;
-                // Those that come meanwhile are in the queue when this is done.
-                parking_lot::MutexGuard::unlocked(&mut queue, || self.store.idle());
-            }
-        }
-        let (mut operations, mut answers) = (Vec::new(), Vec::new());
-        let mut bytes = 0;
-        while let Some(next) = queue.waiting.front() {
-            bytes += next.operation.bytes();
-            let full = operations.len() >= BATCH_OPERATIONS_MAX || bytes > BATCH_BYTES_MAX;
-            if full && !operations.is_empty() {
-                break;
-            }
-            if let Some(next) = queue.waiting.pop_front() {
-                operations.push(next.operation);
-                answers.push(next.answer);
-            }
-        }
-        Some((operations, answers))
-    }
-
-    /// Start the compaction thread if there is work and none is running.
-    fn start_compaction(self: &Arc<Self>) {
-        if !self.compaction
-            || self.closing.load(Ordering::Acquire)
-            || self.compacting.load(Ordering::Acquire)
-            || self.store.compaction_victim().is_none()
-            || self.compacting.swap(true, Ordering::AcqRel)
-        {
-            return;
-        }
-        let shared = Arc::clone(self);
-        let started = std::thread::Builder::new()
-            .name("zdb-compact".to_owned())
-            .spawn(move || shared.compact_all());
-        if let Err(error) = started {
-            tracing::warn!(%error, "cannot start a compaction");
-            self.compacting.store(false, Ordering::Release);
-        }
-    }
-
-    fn compact_all(&self) {
-        let go_on = || !self.closing.load(Ordering::Acquire);
-        loop {
-            let _turn = self.compaction_turn.lock();
-            if !go_on() {
-                break;
-            }
-            match self.store.compact_step(&go_on) {
-                Ok(true) => {}
-                Ok(false) => break,
-                Err(error) => {
-                    tracing::warn!(dir = %self.store.dir.display(), %error, "compaction failed; it is tried again after the next writes");
-                    break;
-                }
-            }
-        }
-        self.compacting.store(false, Ordering::Release);
+    fn get_cached(&self, key: &[u8]) -> Result<Option<Option<Bytes>>, EngineError> {
+        self.check_readable()?;
+        let read = self.store.read(key, Reading::Cached)?;
+        Ok(read.map(|found| found.map(|stored| stored.value)))
     }
 }

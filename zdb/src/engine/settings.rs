@@ -11,11 +11,18 @@ use std::sync::Arc;
 
 pub(super) const MARKER: &str = "namespace";
 const MARKER_NEW: &str = "namespace.new";
+/// What the marker is called once the namespace was deleted and its files are being removed.
+pub(super) const DELETED: &str = "namespace.deleted";
 const HEADER: DatafileHeader = DatafileHeader {
     purpose: *b"ZDBN",
     id: 0,
 };
 const KIND_SETTINGS: u8 = 1;
+/// Settings behind the number of versions kept as history and the version before which everything was flushed.
+const KIND_SETTINGS_2: u8 = 2;
+
+/// Versions kept as history of a key at most.
+pub const HISTORY_VERSIONS_MAX: u32 = 65_535;
 
 /// What can be set on a namespace.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +41,8 @@ pub struct NamespaceSettings {
     pub locked: bool,
     /// Neither reads nor writes for now.
     pub frozen: bool,
+    /// Older versions kept of every key (at most [`HISTORY_VERSIONS_MAX`]); 0 keeps none. They take room on the disk, not of the quota.
+    pub history_versions: u32,
 }
 
 impl Default for NamespaceSettings {
@@ -46,6 +55,7 @@ impl Default for NamespaceSettings {
             worm: false,
             locked: false,
             frozen: false,
+            history_versions: 0,
         }
     }
 }
@@ -61,6 +71,7 @@ impl std::fmt::Debug for NamespaceSettings {
             .field("worm", &self.worm)
             .field("locked", &self.locked)
             .field("frozen", &self.frozen)
+            .field("history_versions", &self.history_versions)
             .finish()
     }
 }
@@ -104,7 +115,52 @@ impl NamespaceSettings {
             worm: flags & WORM != 0,
             locked: flags & LOCKED != 0,
             frozen: flags & FROZEN != 0,
+            history_versions: 0,
             password: (*bytes.get(10)? == 1).then(|| password.to_owned()),
+        })
+    }
+}
+
+/// What the marker file holds.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct StoredSettings {
+    pub(super) settings: NamespaceSettings,
+    /// FLUSH: entries of lower versions do not count any more, wherever they are found.
+    pub(super) flushed_before: u64,
+}
+
+impl StoredSettings {
+    /// The kind of version 1 as long as it can say everything, so that older programs read what they can.
+    fn encode(&self) -> (u8, Vec<u8>) {
+        let first = self.settings.encode();
+        let history = self.settings.history_versions;
+        if history == 0 && self.flushed_before == 0 {
+            return (KIND_SETTINGS, first);
+        }
+        let mut bytes = Vec::with_capacity(16 + first.len());
+        bytes.extend_from_slice(&history.to_le_bytes());
+        bytes.extend_from_slice(&[0; 4]);
+        bytes.extend_from_slice(&self.flushed_before.to_le_bytes());
+        bytes.extend_from_slice(&first);
+        (KIND_SETTINGS_2, bytes)
+    }
+
+    fn decode(kind: u8, bytes: &[u8]) -> Option<Self> {
+        let (history_versions, flushed_before, rest) = match kind {
+            KIND_SETTINGS => (0, 0, bytes),
+            KIND_SETTINGS_2 => (
+                u32::from_le_bytes(bytes.get(0..4)?.try_into().ok()?),
+                u64::from_le_bytes(bytes.get(8..16)?.try_into().ok()?),
+                bytes.get(16..)?,
+            ),
+            _ => return None,
+        };
+        Some(Self {
+            settings: NamespaceSettings {
+                history_versions,
+                ..NamespaceSettings::decode(rest)?
+            },
+            flushed_before,
         })
     }
 
@@ -117,7 +173,10 @@ impl NamespaceSettings {
                 .map_err(EngineError::io("remove", &fresh))?;
         }
         let mut file = Datafile::create(media, &fresh, HEADER)?;
-        file.append(KIND_SETTINGS, &[&self.encode()])?;
+        let (kind, bytes) = self.encode();
+        // Twice, so that one rotten sector does not take the namespace along.
+        file.append(kind, &[&bytes])?;
+        file.append(kind, &[&bytes])?;
         file.mark()?;
         let marker = dir.join(MARKER);
         media
@@ -134,13 +193,14 @@ impl NamespaceSettings {
         if !media.exists(&marker) {
             return Ok(None);
         }
-        let mut settings = None;
+        let mut stored = None;
         let (_, report) = Datafile::inspect(media, &marker, HEADER, &mut |frame| {
-            if frame.kind == KIND_SETTINGS {
-                settings = Self::decode(frame.payload);
-            }
+            stored = Self::decode(frame.kind, frame.payload).or(stored.take());
         })?;
-        settings.map(Some).ok_or_else(|| {
+        if !report.damaged.is_empty() {
+            tracing::warn!(path = %marker.display(), "part of the settings is damaged; change any to write them anew");
+        }
+        stored.map(Some).ok_or_else(|| {
             EngineError::from(DatafileError::Damaged {
                 path: marker,
                 offset: 0,

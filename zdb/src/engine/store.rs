@@ -1,24 +1,25 @@
 //! A namespace's datafiles and index: opening, reading, state. Writing is in [`super::commit`], reclaiming in [`super::compact`].
 
-use super::entry::{
-    Counters, EntryHead, KIND_COUNTERS, KIND_DELETE, KIND_SET, PURPOSE, head_bytes,
-};
-use super::index::{Index, Physical, Place};
-use super::settings::MARKER;
-use super::{EngineError, EngineOptions, Mode};
-use crate::datafile::{
-    Damage, Datafile, DatafileError, DatafileHeader, DatafileReader, FrameParts, FrameView, Tail,
-    frame_bytes,
-};
+use super::entry::{Counters, KIND_COUNTERS, PURPOSE};
+use super::index::Index;
+use super::load::{self, Loaded};
+use super::settings::{MARKER, StoredSettings};
+use super::{EngineError, EngineOptions, SyncPolicy, snapshot};
+use crate::datafile::{Datafile, DatafileError, DatafileHeader, DatafileReader, FrameParts};
 use crate::media::{Identity, Media, MediaLock};
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Instant;
 
 const LOCK: &str = "lock";
+/// A snapshot is made when this part of a datafile's full size is not in one yet.
+const SNAPSHOT_WORTH_PART: u64 = 64;
+/// A directory that was there so long ago is taken to be there still.
+const ALIVE_FOR_MS: u64 = 20;
 /// Damage kept in the list; more is only logged.
 const DAMAGE_REPORTS_MAX: usize = 10_000;
 
@@ -44,10 +45,16 @@ pub(super) struct Store {
     pub(super) state: RwLock<State>,
     pub(super) writer: Mutex<Writer>,
     pub(super) next_file: AtomicU32,
+    pub(super) sync: SyncPolicy,
+    /// FLUSH: entries of lower versions do not count.
+    pub(super) flushed_before: AtomicU64,
     /// Why writing stopped.
     pub(super) stopped: RwLock<Option<String>>,
     damaged: Mutex<Vec<DamageReport>>,
-    identity: Mutex<(Identity, Identity)>,
+    identity: RwLock<(Identity, Identity)>,
+    /// When the directory was last seen to be there, in milliseconds since `opened`.
+    alive_at_ms: AtomicU64,
+    opened: Instant,
     /// Released at close, even while connections still hold the namespace.
     lock: Mutex<Option<Box<dyn MediaLock>>>,
 }
@@ -60,6 +67,10 @@ pub(super) struct State {
     pub(super) active: u32,
     /// Datafiles that could not be compacted since part of what is needed in them is damaged, with the live bytes they had.
     pub(super) blocked: BTreeMap<u32, u64>,
+    /// Up to where the snapshot of a datafile speaks; also of one of which none can be made.
+    pub(super) snapshots: BTreeMap<u32, u64>,
+    /// Datafiles that changed since it was last asked.
+    pub(super) dirty: BTreeSet<u32>,
 }
 
 #[derive(Debug)]
@@ -68,21 +79,20 @@ pub(super) struct Writer {
     pub(super) counters: Counters,
 }
 
-/// A value read and verified.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Stored {
-    pub(super) value: Bytes,
-}
-
 pub(super) fn file_name(file: u32) -> String {
     format!("{file:08x}.zdb")
 }
 
-fn file_number(name: &str) -> Option<u32> {
-    let digits = name.strip_suffix(".zdb")?;
+/// The number that a name begins with, if it is that and this ending.
+pub(super) fn number_before(name: &str, ending: &str) -> Option<u32> {
+    let digits = name.strip_suffix(ending)?;
     (digits.len() == 8)
         .then(|| u32::from_str_radix(digits, 16).ok())
         .flatten()
+}
+
+pub(super) fn file_number(name: &str) -> Option<u32> {
+    number_before(name, ".zdb")
 }
 
 pub(super) fn file_header(file: u32) -> DatafileHeader {
@@ -92,116 +102,22 @@ pub(super) fn file_header(file: u32) -> DatafileHeader {
     }
 }
 
-struct Found {
-    index: Index,
-    counters: Counters,
-    damaged: Vec<DamageReport>,
-    readers: BTreeMap<u32, DatafileReader>,
-    last: Option<(u32, Datafile)>,
-    highest: u32,
-}
-
-impl Found {
-    fn entry(
-        &mut self,
-        file: u32,
-        kind: u8,
-        offset: u64,
-        payload_bytes: u64,
-        prefix: &[u8],
-        value: Option<&[u8]>,
-    ) {
-        if kind == KIND_COUNTERS {
-            self.counters
-                .raise(Counters::decode(prefix).unwrap_or(Counters::FIRST));
-            return;
-        }
-        let Some(head) = EntryHead::decode(prefix) else {
-            return;
-        };
-        let next_id = match <[u8; 8]>::try_from(head.key) {
-            Ok(id) => u64::from_le_bytes(id).saturating_add(1),
-            Err(_) => 0,
-        };
-        let sequential = self.index.is_sequential();
-        self.counters.raise(Counters {
-            next_version: head.version + 1,
-            // Every version took a slot at most, so in user mode versions are the upper bound of ids.
-            next_id: if sequential { next_id } else { head.version },
-        });
-        let value_bytes = payload_bytes.saturating_sub(head_bytes(head.key) as u64);
-        self.index.add(
-            head.key,
-            &Physical {
-                version: head.version,
-                place: Place { file, offset },
-                frame_bytes: frame_bytes(payload_bytes),
-                value_bytes: u32::try_from(value_bytes).unwrap_or(u32::MAX),
-                value_crc: value.map_or(0, crc32fast::hash),
-                timestamp: head.timestamp,
-                deleted: kind == KIND_DELETE,
-            },
-        );
-    }
-
-    fn frame(&mut self, file: u32, frame: FrameView<'_>) {
-        let (prefix, value) = frame.payload.split_at(frame.prefix_bytes);
-        self.entry(
-            file,
-            frame.kind,
-            frame.offset,
-            frame.payload.len() as u64,
-            prefix,
-            Some(value),
-        );
-    }
-
-    fn damage(&mut self, file: u32, path: &Path, damage: &Damage) {
-        let known = damage
-            .kind
-            .zip(damage.prefix.as_deref())
-            .zip(damage.payload_bytes);
-        let key = damage
-            .prefix
-            .as_deref()
-            .and_then(EntryHead::decode)
-            .map(|head| Bytes::copy_from_slice(head.key));
-        if let Some(((kind, prefix), payload_bytes)) = known {
-            // The key keeps pointing at its damaged value: asking for it is an error, not an older answer.
-            self.entry(
-                file,
-                kind,
-                damage.offset,
-                u64::from(payload_bytes),
-                prefix,
-                None,
-            );
-        }
-        self.damaged.push(DamageReport {
-            path: path.to_owned(),
-            offset: damage.offset,
-            bytes: damage.bytes,
-            key,
-        });
-    }
-}
-
 impl Store {
     /// Open the datafiles of a directory that holds the marker file.
     pub(super) fn open(
         options: &EngineOptions,
         dir: &Path,
-        mode: Mode,
+        stored: &StoredSettings,
         lock: Box<dyn MediaLock>,
     ) -> Result<Self, EngineError> {
         let media = Arc::clone(&options.media);
-        let mut found = scan_directory(&media, dir, mode)?;
-        let (number, mut active) = match found.last.take() {
+        let mut loaded = load::load(&media, dir, stored)?;
+        let (number, mut active) = match loaded.last.take() {
             Some((number, datafile)) if datafile.len() < options.datafile_bytes / 2 => {
                 (number, datafile)
             }
             _ => {
-                let number = found.highest + 1;
+                let number = loaded.highest + 1;
                 let path = dir.join(file_name(number));
                 (
                     number,
@@ -209,106 +125,53 @@ impl Store {
                 )
             }
         };
-        found.highest = found.highest.max(number);
+        loaded.highest = loaded.highest.max(number);
         // What older datafiles say of the counters must outlive their compaction.
-        append_counters(&mut active, found.counters)?;
+        append_counters(&mut active, loaded.counters)?;
         active.sync()?;
-        found.readers.insert(number, active.reader());
+        loaded.readers.insert(number, active.reader());
+        Self::assemble(options, dir, stored, lock, loaded, (number, active))
+    }
+
+    fn assemble(
+        options: &EngineOptions,
+        dir: &Path,
+        stored: &StoredSettings,
+        lock: Box<dyn MediaLock>,
+        loaded: Loaded,
+        (number, active): (u32, Datafile),
+    ) -> Result<Self, EngineError> {
+        let media = Arc::clone(&options.media);
         let space = media
             .space(dir)
             .map_err(EngineError::io("measure the disk of", dir))?;
         Ok(Self {
-            identity: Mutex::new(identities(&media, dir)?),
+            identity: RwLock::new(identities(&media, dir)?),
+            alive_at_ms: AtomicU64::new(0),
+            opened: Instant::now(),
             media,
             dir: dir.to_owned(),
-            datafile_bytes: options.datafile_bytes,
+            datafile_bytes: options.datafile_bytes.min(super::DATAFILE_BYTES_MAX),
             reserve_bytes: options.reserve_bytes.min(space.total_bytes / 16),
             state: RwLock::new(State {
-                index: found.index,
-                readers: found.readers,
+                index: loaded.index,
+                readers: loaded.readers,
                 active: number,
                 blocked: BTreeMap::new(),
+                snapshots: loaded.snapshots,
+                dirty: BTreeSet::new(),
             }),
             writer: Mutex::new(Writer {
                 active,
-                counters: found.counters,
+                counters: loaded.counters,
             }),
-            next_file: AtomicU32::new(found.highest + 1),
+            next_file: AtomicU32::new(loaded.highest + 1),
+            sync: options.sync,
+            flushed_before: AtomicU64::new(stored.flushed_before),
             stopped: RwLock::new(None),
-            damaged: Mutex::new(found.damaged),
+            damaged: Mutex::new(loaded.damaged),
             lock: Mutex::new(Some(lock)),
         })
-    }
-
-    /// The value of a key, verified.
-    pub(super) fn get(&self, key: &[u8]) -> Result<Option<Stored>, EngineError> {
-        // Twice: compaction may have moved the entry between the look-up and the read; its old file stays readable, but be sure.
-        let (place, entry, reader) = {
-            let state = self.state.read();
-            let Some((_, entry)) = state.index.get(key) else {
-                return Ok(None);
-            };
-            (
-                entry.place,
-                *entry,
-                state.readers.get(&entry.place.file).cloned(),
-            )
-        };
-        let Some(reader) = reader else {
-            return Err(self.corrupt(
-                key,
-                DatafileError::NoFrame {
-                    path: self.dir.join(file_name(place.file)),
-                    offset: place.offset,
-                },
-            ));
-        };
-        let head = head_bytes(key);
-        let payload_bytes = u32::try_from(head)
-            .unwrap_or(u32::MAX)
-            .saturating_add(entry.value_bytes);
-        let frame = match reader.read_sized(place.offset, payload_bytes) {
-            Ok(frame) => frame,
-            Err(error @ (DatafileError::Damaged { .. } | DatafileError::NoFrame { .. })) => {
-                return Err(self.corrupt(key, error));
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let told = EntryHead::decode(&frame.payload);
-        let agrees = frame.kind == KIND_SET
-            && told.is_some_and(|told| told.key == key && told.version == entry.version);
-        if !agrees {
-            return Err(self.corrupt(
-                key,
-                DatafileError::Damaged {
-                    path: reader.path().to_owned(),
-                    offset: place.offset,
-                    bytes: frame.payload.len() as u64,
-                },
-            ));
-        }
-        Ok(Some(Stored {
-            value: frame.payload.slice(head..),
-        }))
-    }
-
-    fn corrupt(&self, key: &[u8], error: DatafileError) -> EngineError {
-        let (path, offset, bytes) = match &error {
-            DatafileError::Damaged {
-                path,
-                offset,
-                bytes,
-            } => (path.clone(), *offset, *bytes),
-            DatafileError::NoFrame { path, offset } => (path.clone(), *offset, 0),
-            _ => (self.dir.clone(), 0, 0),
-        };
-        self.report(DamageReport {
-            path,
-            offset,
-            bytes,
-            key: Some(Bytes::copy_from_slice(key)),
-        });
-        EngineError::Corrupt(Arc::new(error))
     }
 
     /// Remember damage, once per place.
@@ -330,9 +193,12 @@ impl Store {
         let mut damaged = self.damaged.lock();
         let state = self.state.read();
         damaged.retain(|report| match &report.key {
-            Some(key) => state.index.get(key).is_some_and(|(_, entry)| {
-                entry.place.offset == report.offset
-                    && report.path.ends_with(file_name(entry.place.file))
+            // What cannot be looked up now still stands.
+            Some(key) => state.index.get(key).map_or(true, |entry| {
+                entry.is_some_and(|entry| {
+                    entry.place.offset == report.offset
+                        && report.path.ends_with(file_name(entry.place.file))
+                })
             }),
             None => self.media.exists(&report.path),
         });
@@ -341,18 +207,64 @@ impl Store {
 
     /// Is the directory still the one that was opened?
     pub(super) fn check_alive(&self) -> Result<(), EngineError> {
+        let known = self.identity.read();
         match identities(&self.media, &self.dir) {
-            Ok(now) if now == *self.identity.lock() => Ok(()),
-            _ => Err(EngineError::Gone {
-                dir: self.dir.clone(),
-            }),
+            Ok(now) if now == *known => {
+                let now_ms = self.since_opened_ms();
+                self.alive_at_ms.store(now_ms, Ordering::Relaxed);
+                Ok(())
+            }
+            _ => {
+                self.alive_at_ms.store(0, Ordering::Relaxed);
+                Err(EngineError::Gone {
+                    dir: self.dir.clone(),
+                })
+            }
         }
     }
 
-    /// The marker file was replaced by ourselves.
-    pub(super) fn remember_identity(&self) -> Result<(), EngineError> {
-        *self.identity.lock() = identities(&self.media, &self.dir)?;
-        Ok(())
+    /// As [`Store::check_alive`], but what was found a moment ago will do: many small reads need not ask the disk each time.
+    pub(super) fn check_alive_lately(&self) -> Result<(), EngineError> {
+        let seen = self.alive_at_ms.load(Ordering::Relaxed);
+        if seen > 0 && self.since_opened_ms() - seen < ALIVE_FOR_MS {
+            return Ok(());
+        }
+        self.check_alive()
+    }
+
+    /// Never 0.
+    fn since_opened_ms(&self) -> u64 {
+        u64::try_from(self.opened.elapsed().as_millis()).map_or(u64::MAX, |ms| ms + 1)
+    }
+
+    /// Replace the stored settings, and with them the file by which the directory is known.
+    pub(super) fn save_settings(&self, stored: &StoredSettings) -> Result<(), EngineError> {
+        let mut identity = self.identity.write();
+        let saved = stored.save(&self.media, &self.dir);
+        // Also after an error: the new name may stand already.
+        if let Ok(now) = identities(&self.media, &self.dir)
+            && now.0 == identity.0
+        {
+            *identity = now;
+        }
+        saved
+    }
+
+    /// Would the disk soon be full?
+    pub(super) fn is_short_of_room(&self, datafiles: u64) -> bool {
+        let room = self.datafile_bytes.saturating_mul(datafiles) + self.reserve_bytes;
+        let space = self.media.space(&self.dir);
+        space.map_or(true, |space| space.free_bytes < room)
+    }
+
+    /// Is there a complete datafile without its snapshot?
+    pub(super) fn lacks_snapshots(&self) -> bool {
+        let state = self.state.read();
+        let worth = self.datafile_bytes / SNAPSHOT_WORTH_PART;
+        state.readers.iter().any(|(file, reader)| {
+            let covered = state.snapshots.get(file).copied().unwrap_or(0);
+            *file != state.active && reader.len().saturating_sub(covered) > worth
+        })
     }
 
     pub(super) fn check_running(&self) -> Result<(), EngineError> {
@@ -386,17 +298,140 @@ impl Store {
         }
     }
 
+    /// Make what was acknowledged before its sync durable ([`SyncPolicy::Interval`]).
+    pub(super) fn sync_active(&self) -> Result<(), EngineError> {
+        self.check_running()?;
+        let handle = self.writer.lock().active.sync_handle();
+        match handle.sync() {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                self.stop(error.to_string());
+                Err(error.into())
+            }
+        }
+    }
+
     /// Say in the active datafile that all of it is durable, and let the next owner in.
     pub(super) fn close(&self) {
         if self.check_running().is_ok() && self.check_alive().is_ok() {
             let mut writer = self.writer.lock();
-            if !writer.active.is_empty()
-                && let Err(error) = writer.active.mark()
-            {
-                tracing::warn!(%error, "cannot mark the active datafile as durable");
+            if !writer.active.is_empty() {
+                match writer.active.trim().and_then(|()| writer.active.mark()) {
+                    Ok(()) => {
+                        let active = self.state.read().active;
+                        self.write_snapshot_if_worth(active, &writer.active.reader());
+                    }
+                    Err(error) => {
+                        tracing::warn!(%error, "cannot mark the active datafile as durable");
+                    }
+                }
             }
         }
         *self.lock.lock() = None;
+    }
+
+    /// Make the snapshots that complete datafiles do not have yet.
+    pub(super) fn write_snapshots(&self, go_on: &dyn Fn() -> bool) {
+        let complete: Vec<(u32, DatafileReader)> = {
+            let state = self.state.read();
+            let readers = state.readers.iter();
+            let complete = readers.filter(|(file, _)| **file != state.active);
+            complete
+                .map(|(file, reader)| (*file, reader.clone()))
+                .collect()
+        };
+        for (file, reader) in complete {
+            if !go_on() {
+                return;
+            }
+            self.write_snapshot_if_worth(file, &reader);
+        }
+    }
+
+    fn write_snapshot_if_worth(&self, file: u32, reader: &DatafileReader) {
+        let covered = reader.len();
+        let known = self.state.read().snapshots.get(&file).copied();
+        let behind = covered.saturating_sub(known.unwrap_or(0));
+        // Reading so little at the next open costs less than another file.
+        if behind <= self.datafile_bytes / SNAPSHOT_WORTH_PART || self.check_alive().is_err() {
+            return;
+        }
+        if let Err(error) = snapshot::write(&self.media, &self.dir, file, reader) {
+            tracing::info!(file, %error, "no snapshot of a datafile: it is read at the next open");
+        }
+        // Also when there is none: the datafile is damaged or the disk is full, and trying again and again helps nobody.
+        self.state.write().snapshots.insert(file, covered);
+        let gone = !self.state.read().readers.contains_key(&file);
+        if gone {
+            self.remove_snapshot(file);
+        }
+    }
+
+    /// A datafile's name is gone.
+    pub(super) fn forget_file(&self, file: u32) {
+        let mut state = self.state.write();
+        state.index.forget_file(file);
+        state.readers.remove(&file);
+        state.blocked.remove(&file);
+        drop(state);
+        self.remove_snapshot(file);
+    }
+
+    pub(super) fn remove_snapshot(&self, file: u32) {
+        self.state.write().snapshots.remove(&file);
+        // One that stays is removed at the next open.
+        if let Err(error) = snapshot::remove(&self.media, &self.dir, file) {
+            tracing::debug!(file, %error, "cannot remove the snapshot of a datafile that is gone");
+        }
+    }
+
+    /// Make the index anew from what the datafiles say. Reading goes on with the old one; writing waits.
+    pub(super) fn reload(&self, stored: &StoredSettings) -> Result<(), EngineError> {
+        self.check_running()?;
+        self.check_alive()?;
+        let writer = self.writer.lock();
+        writer.active.sync()?;
+        let readers = self.state.read().readers.clone();
+        let (index, damaged) = load::reload(&self.media, &self.dir, stored, &readers)?;
+        for report in damaged {
+            self.report(report);
+        }
+        let mut state = self.state.write();
+        state.index = index;
+        state.blocked.clear();
+        drop(writer);
+        Ok(())
+    }
+
+    /// Empty the namespace: what the settings say of it must be durable already. The writer is held by the caller.
+    pub(super) fn forget_everything(&self, flushed_before: u64, index: Index) {
+        self.flushed_before.store(flushed_before, Ordering::Release);
+        let mut state = self.state.write();
+        let active = state.active;
+        let old = std::mem::replace(&mut state.index, index);
+        let readers = state.readers.iter();
+        let files: Vec<(u32, PathBuf)> = readers
+            .map(|(file, reader)| (*file, reader.path().to_owned()))
+            .collect();
+        for (file, _) in &files {
+            let bytes = old.file_use(*file).total_bytes;
+            state.index.add_bytes(*file, bytes);
+        }
+        state.blocked.clear();
+        drop(state);
+        drop(old);
+        for (file, path) in files.iter().filter(|(file, _)| *file != active) {
+            match self.media.remove(path) {
+                Ok(()) => self.forget_file(*file),
+                // Compaction finds that nothing in it is needed and tries again.
+                Err(error) => {
+                    tracing::warn!(path = %path.display(), %error, "cannot remove a flushed datafile");
+                }
+            }
+        }
+        if let Err(error) = self.media.sync_dir(&self.dir) {
+            tracing::warn!(dir = %self.dir.display(), %error, "cannot sync the directory after a flush");
+        }
     }
 }
 
@@ -436,63 +471,4 @@ fn identities(media: &Arc<dyn Media>, dir: &Path) -> Result<(Identity, Identity)
         .identity(&marker)
         .map_err(EngineError::io("find", &marker))?;
     Ok((directory, marker))
-}
-
-fn scan_directory(media: &Arc<dyn Media>, dir: &Path, mode: Mode) -> Result<Found, EngineError> {
-    let mut found = Found {
-        index: Index::new(mode == Mode::Sequential),
-        counters: Counters::FIRST,
-        damaged: Vec::new(),
-        readers: BTreeMap::new(),
-        last: None,
-        highest: 0,
-    };
-    let names = media.list(dir).map_err(EngineError::io("list", dir))?;
-    for number in names.iter().filter_map(|name| file_number(name)) {
-        let path = dir.join(file_name(number));
-        found.highest = found.highest.max(number);
-        let opened = Datafile::open_visiting(
-            media,
-            &path,
-            file_header(number),
-            Tail::Keep,
-            &mut |frame| {
-                found.frame(number, frame);
-            },
-        );
-        match opened {
-            Ok((datafile, report)) => {
-                if report.torn_bytes_cut > 0 {
-                    tracing::info!(path = %path.display(), bytes = report.torn_bytes_cut, "cut writes that were never acknowledged");
-                }
-                for damage in &report.damaged {
-                    found.damage(number, &path, damage);
-                }
-                found.readers.insert(number, datafile.reader());
-                found.last = Some((number, datafile));
-            }
-            Err(DatafileError::NoHeader {
-                never_born: true, ..
-            }) => {
-                media
-                    .remove(&path)
-                    .map_err(EngineError::io("remove", &path))?;
-                media
-                    .sync_dir(dir)
-                    .map_err(EngineError::io("sync directory", dir))?;
-            }
-            // Nothing in it can be verified without its header. It stays where it is, and is reported.
-            Err(DatafileError::NoHeader { bytes, .. }) => found.damaged.push(DamageReport {
-                path,
-                offset: 0,
-                bytes,
-                key: None,
-            }),
-            Err(error) => return Err(error.into()),
-        }
-    }
-    for report in &found.damaged {
-        tracing::warn!(path = %report.path.display(), offset = report.offset, bytes = report.bytes, "a datafile is damaged");
-    }
-    Ok(found)
 }

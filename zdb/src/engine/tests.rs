@@ -1,7 +1,13 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod crash;
+mod faults;
+mod history;
+mod snapshots;
+
 use super::{
     Engine, EngineError, EngineOptions, Mode, Namespace, NamespaceOptions, NamespaceSettings,
+    SyncPolicy,
 };
 use crate::media::{DiskMedia, Fault, Media, SimMedia};
 use bytes::Bytes;
@@ -20,6 +26,7 @@ fn options(media: Arc<dyn Media>) -> EngineOptions {
         datafile_bytes: 4096,
         reserve_bytes: 0,
         compaction: false,
+        sync: SyncPolicy::Always,
     }
 }
 
@@ -56,14 +63,20 @@ enum Step {
     Delete(u8),
     Compact,
     Reopen,
+    Flush,
+    Jump,
+    Reload,
 }
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         8 => (0..12_u8, 0..900_u16, 0..4_u8).prop_map(|(k, n, v)| Step::Set(k, n, v)),
         4 => (0..12_u8).prop_map(Step::Delete),
-        1 => Just(Step::Compact),
+        2 => Just(Step::Compact),
         1 => Just(Step::Reopen),
+        1 => Just(Step::Flush),
+        1 => Just(Step::Jump),
+        1 => Just(Step::Reload),
     ]
 }
 
@@ -81,7 +94,7 @@ fn assert_same(namespace: &Namespace, model: &Model) {
     let mut found = Model::new();
     let mut position = None;
     loop {
-        let page = namespace.keys_after(position, 5);
+        let page = namespace.keys_after(position, 5).unwrap();
         for stat in &page.keys {
             let value = namespace.get_blocking(&stat.key).unwrap().unwrap();
             assert_eq!(value.len(), stat.bytes as usize);
@@ -127,6 +140,15 @@ proptest! {
                     engine.close();
                     (engine, namespace) = opened(&media);
                 }
+                Step::Flush => {
+                    namespace.flush().unwrap();
+                    model.clear();
+                }
+                Step::Jump => {
+                    let jump = namespace.jump().unwrap();
+                    assert!(jump.opened > jump.closed);
+                }
+                Step::Reload => namespace.reload().unwrap(),
             }
         }
         assert_same(&namespace, &model);
@@ -136,139 +158,6 @@ proptest! {
         let (_engine, namespace) = opened(&media);
         assert_same(&namespace, &model);
         assert!(namespace.damaged().is_empty());
-    }
-}
-
-/// A fixed history of writes, deletions, rotations and compactions.
-fn history() -> Vec<Step> {
-    let mut steps = Vec::new();
-    for round in 0..4_u8 {
-        for k in 0..8 {
-            steps.push(Step::Set(k, 500 + u16::from(round) * 37, round * 8 + k));
-        }
-        steps.push(Step::Delete(round));
-        steps.push(Step::Delete(7 - round));
-        steps.push(Step::Compact);
-    }
-    steps
-}
-
-/// Run the history until the crash. Returns what must be there, and the one step whose outcome is unknown.
-fn run_until_crash(media: &SimMedia, steps: &[Step]) -> (Model, Option<Step>) {
-    let mut model = Model::new();
-    let Ok((_engine, namespace)) = open(media) else {
-        return (model, None);
-    };
-    for step in steps {
-        match step {
-            Step::Set(k, bytes, seed) => {
-                let value = value(*bytes, *seed);
-                if set(&namespace, &key(*k), &value).is_err() {
-                    return (model, Some(step.clone()));
-                }
-                model.insert(key(*k), value);
-            }
-            Step::Delete(k) => {
-                if delete(&namespace, &key(*k)).is_err() {
-                    return (model, Some(step.clone()));
-                }
-                model.remove(&key(*k));
-            }
-            Step::Compact | Step::Reopen => {
-                if namespace.compact_now().is_err() && media.crashed() {
-                    return (model, None);
-                }
-            }
-        }
-    }
-    (model, None)
-}
-
-#[test]
-fn a_crash_at_any_operation_keeps_what_was_acknowledged() {
-    let steps = history();
-    let whole = SimMedia::new();
-    run_until_crash(&whole, &steps);
-    let operations = whole.operations();
-    assert!(operations > 100, "the history is long enough: {operations}");
-    for crash in 0..operations {
-        let media = SimMedia::new();
-        media.inject(Fault::CrashAfter(crash));
-        let (mut model, unknown) = run_until_crash(&media, &steps);
-        for seed in 0..3 {
-            let after = media.restart(crash * 31 + seed);
-            let (engine, namespace) = opened(&after);
-            assert!(
-                namespace.damaged().is_empty(),
-                "crash {crash}: a torn tail is not damage: {:?}",
-                namespace.damaged()
-            );
-            let mut expected = model.clone();
-            if let Some(step) = &unknown {
-                let (Step::Set(k, ..) | Step::Delete(k)) = step else {
-                    continue;
-                };
-                let now = namespace.get_blocking(&key(*k)).unwrap();
-                let done = match step {
-                    Step::Set(_, bytes, seed) => Some(value(*bytes, *seed)),
-                    _ => None,
-                };
-                let now = now.map(|value| value.to_vec());
-                assert!(
-                    now == done || now.as_ref() == model.get(&key(*k)),
-                    "crash {crash}: neither done nor undone"
-                );
-                match now {
-                    Some(value) => expected.insert(key(*k), value),
-                    None => expected.remove(&key(*k)),
-                };
-            }
-            assert_same(&namespace, &expected);
-            // It goes on working: write, compact, open once more.
-            set(&namespace, b"after", b"crash").unwrap();
-            namespace.compact_now().unwrap();
-            expected.insert(b"after".to_vec(), b"crash".to_vec());
-            engine.close();
-            drop(namespace);
-            let (_engine, namespace) = opened(&after);
-            assert_same(&namespace, &expected);
-        }
-        model.clear();
-    }
-}
-
-#[test]
-fn a_flipped_bit_is_never_a_wrong_answer() {
-    let media = SimMedia::new();
-    let (engine, namespace) = opened(&media);
-    let mut model = Model::new();
-    for k in 0..6 {
-        set(&namespace, &key(k), &value(300, 100 + k)).unwrap();
-        model.insert(key(k), value(300, k));
-        set(&namespace, &key(k), &value(300, k)).unwrap();
-    }
-    engine.close();
-    drop((engine, namespace));
-    let files = datafiles(&media);
-    for file in &files {
-        let bytes = media.contents(file).unwrap().len() as u64;
-        for offset in (0..bytes).step_by(13) {
-            media.flip(file, offset, 0x10);
-            let (engine, namespace) = opened(&media);
-            let damaged = namespace.damaged();
-            // A damaged key can hide which key it was; its value may then be an older one or none, but it is reported.
-            let unknown = damaged.iter().any(|report| report.key.is_none());
-            for (key, wanted) in &model {
-                match namespace.get_blocking(key) {
-                    Ok(Some(value)) => assert!(value == wanted || unknown, "offset {offset}"),
-                    Ok(None) => assert!(unknown, "offset {offset}"),
-                    Err(error) => assert!(matches!(error, EngineError::Corrupt(_))),
-                }
-            }
-            engine.close();
-            drop((engine, namespace));
-            media.flip(file, offset, 0x10);
-        }
     }
 }
 
@@ -506,74 +395,114 @@ fn background_compaction_keeps_the_disk_small() {
     }
 }
 
-/// Many operations share a commit; a crash tears some frames of it and leaves others whole. What was acknowledged is there, the rest is
-/// whole or absent, nothing counts as damage, and a second crash right after the recovery changes nothing.
+/// A SET of what the SET before it in the same batch stores is answered "unchanged". It was answered so even when that one failed.
 #[test]
-fn a_crash_in_a_shared_commit_keeps_what_was_acknowledged() {
-    for crash in 0..60 {
-        let media = SimMedia::new();
-        media.inject(Fault::CrashAfter(crash));
-        let mut certain: Model = Model::new();
-        let mut possible: BTreeMap<Vec<u8>, Option<Vec<u8>>> = BTreeMap::new();
-        if let Ok((_engine, namespace)) = open(&media) {
-            for round in 0..6_u8 {
-                let batch = (0..8_u8).map(|k| {
-                    let namespace = &namespace;
-                    async move {
-                        if round > 0 && k % 4 == round % 4 {
-                            (k, None, namespace.delete(&key(k)).await.is_ok())
-                        } else {
-                            let value = value(700 + 97 * u16::from(k), round * 16 + k + 1);
-                            let set = namespace.set(&key(k), Bytes::from(value.clone())).await;
-                            (k, Some(value), set.is_ok())
-                        }
-                    }
-                });
-                for (k, wanted, done) in block_on(futures::future::join_all(batch)) {
-                    match (done, wanted) {
-                        (true, Some(value)) => drop(certain.insert(key(k), value)),
-                        (true, None) => drop(certain.remove(&key(k))),
-                        (false, wanted) => drop(possible.insert(key(k), wanted)),
-                    }
-                }
-                if !possible.is_empty() {
-                    break;
-                }
-            }
+fn a_repeated_set_fails_with_the_one_it_repeats() {
+    let media = SimMedia::new();
+    let (_engine, namespace) = opened(&media);
+    set(&namespace, b"first", b"1").unwrap();
+    media.inject(Fault::FailSync(0));
+    let sets = (0..200).map(|_| namespace.set(b"same", Bytes::from_static(b"value")));
+    let outcomes = block_on(futures::future::join_all(sets));
+    assert!(outcomes.iter().all(Result::is_err), "{outcomes:?}");
+    assert_eq!(namespace.get_blocking(b"same").unwrap(), None);
+}
+
+#[test]
+fn interval_acknowledges_before_the_sync_and_syncs_later() {
+    let media = SimMedia::new();
+    let interval = EngineOptions {
+        sync: SyncPolicy::Interval(std::time::Duration::from_millis(1)),
+        ..options(Arc::new(media.clone()))
+    };
+    let engine = Engine::open(interval).unwrap();
+    let namespace = engine
+        .add_namespace(NamespaceOptions::new("ns", DIR))
+        .unwrap();
+    set(&namespace, b"a", b"1").unwrap();
+    // The sync is the only changing operation that is left to come.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    loop {
+        let (_engine, after) = opened(&media.clone_durable());
+        if after.get_blocking(b"a").unwrap().is_some() {
+            break;
         }
-        for seed in 0..4 {
-            let after = media.restart(crash * 7 + seed);
-            let mut seen: Option<Model> = None;
-            for again in 0..2 {
-                let after = if again == 0 {
-                    after.clone()
-                } else {
-                    after.restart(seed)
-                };
-                let (_engine, namespace) = opened(&after);
-                assert!(
-                    namespace.damaged().is_empty(),
-                    "crash {crash}: {:?}",
-                    namespace.damaged()
-                );
-                let mut found = Model::new();
-                for k in 0..8 {
-                    let now = namespace
-                        .get_blocking(&key(k))
-                        .unwrap()
-                        .map(|value| value.to_vec());
-                    let kept = now.as_ref() == certain.get(&key(k));
-                    let done = possible.get(&key(k)) == Some(&now);
-                    assert!(kept || done, "crash {crash} seed {seed} key {k}: {now:?}");
-                    found.extend(now.map(|value| (key(k), value)));
-                }
-                assert_same(&namespace, &found);
-                assert!(
-                    seen.is_none_or(|seen| seen == found),
-                    "crash {crash}: recovery is not stable"
-                );
-                seen = Some(found);
-            }
-        }
+        assert!(std::time::Instant::now() < deadline, "never synced");
+        std::thread::yield_now();
     }
+    // The first failed sync is never tried again as if nothing had happened.
+    media.inject(Fault::FailSync(0));
+    set(&namespace, b"b", b"2").unwrap();
+    while namespace.is_alive().is_ok() {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "the failure is not noticed"
+        );
+        std::thread::yield_now();
+    }
+    assert!(matches!(
+        set(&namespace, b"c", b"3"),
+        Err(EngineError::Stopped { .. })
+    ));
+    assert_eq!(namespace.get_blocking(b"a").unwrap().unwrap(), "1");
+}
+
+#[test]
+fn raw_entries_are_shown_in_order() {
+    let media = SimMedia::new();
+    let (_engine, namespace) = opened(&media);
+    set(&namespace, b"a", b"1").unwrap();
+    set(&namespace, b"b", b"2").unwrap();
+    delete(&namespace, b"a").unwrap();
+    assert_eq!(namespace.dirty_datafiles(), vec![1]);
+    namespace.reset_dirty_datafiles();
+    assert_eq!(namespace.jump().unwrap().closed, 1);
+    assert_eq!(namespace.dirty_datafiles(), Vec::<u32>::new());
+    let mut found = Vec::new();
+    let mut offset = 0;
+    while let Some(raw) = namespace.raw_entry(1, offset).unwrap() {
+        offset = raw.next_offset;
+        found.push((raw.key.to_vec(), raw.value.to_vec(), raw.deleted));
+    }
+    let wanted = [
+        (b"a".to_vec(), b"1".to_vec(), false),
+        (b"b".to_vec(), b"2".to_vec(), false),
+        (b"a".to_vec(), Vec::new(), true),
+    ];
+    assert_eq!(found, wanted);
+    assert_eq!(namespace.raw_entry(99, 0).unwrap(), None);
+}
+
+#[test]
+fn datafiles_without_their_settings_are_not_taken_for_a_new_namespace() {
+    let media = SimMedia::new();
+    let (engine, namespace) = opened(&media);
+    set(&namespace, b"a", b"1").unwrap();
+    engine.close();
+    drop(namespace);
+    media.remove(&Path::new(DIR).join("namespace")).unwrap();
+    assert!(matches!(
+        open(&media),
+        Err(EngineError::SettingsLost { .. })
+    ));
+}
+
+/// A handle that outlives its namespace must not touch a directory that has another owner by now.
+#[test]
+fn a_closed_namespace_changes_nothing_any_more() {
+    let media = SimMedia::new();
+    let (engine, closed) = opened(&media);
+    set(&closed, b"a", b"1").unwrap();
+    engine.close();
+    let (_engine, namespace) = opened(&media);
+    let before = media.operations();
+    assert!(matches!(closed.flush(), Err(EngineError::Closed)));
+    assert!(matches!(closed.jump(), Err(EngineError::Closed)));
+    assert!(matches!(closed.reload(), Err(EngineError::Closed)));
+    closed.compact_now().unwrap();
+    let changed = closed.change_settings(|settings| settings.maxsize_bytes = 1);
+    assert!(matches!(changed, Err(EngineError::Closed)));
+    assert!(matches!(set(&closed, b"a", b"2"), Err(EngineError::Closed)));
+    assert_eq!(media.operations(), before);
+    assert_eq!(namespace.get_blocking(b"a").unwrap().unwrap(), "1");
 }

@@ -40,7 +40,14 @@ impl Media for DiskMedia {
     }
 
     fn create_dir_all(&self, path: &Path) -> io::Result<()> {
-        fs::create_dir_all(path)
+        let missing = path.ancestors().take_while(|dir| !dir.exists()).count();
+        fs::create_dir_all(path)?;
+        for parent in path.ancestors().skip(1).take(missing) {
+            // `a` made in the working directory has the parent ``.
+            let named = !parent.as_os_str().is_empty();
+            self.sync_dir(if named { parent } else { Path::new(".") })?;
+        }
+        Ok(())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
@@ -111,6 +118,17 @@ impl Media for DiskMedia {
 impl MediaFile for DiskFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
         self.0.read_at(buffer, offset)
+    }
+
+    fn read_cached_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<Option<usize>> {
+        let mut slices = [io::IoSliceMut::new(buffer)];
+        let flags = rustix::io::ReadWriteFlags::NOWAIT;
+        match rustix::io::preadv2(&self.0, &mut slices, offset, flags) {
+            Ok(bytes) => Ok(Some(bytes)),
+            // Not in memory, or a filesystem that cannot tell.
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::OPNOTSUPP) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {

@@ -193,11 +193,40 @@ impl SimMedia {
             .values()
             .filter_map(|inode| Some((*inode, old.files.get(inode)?.after_crash(&mut random))))
             .collect();
+        // A directory whose removal outlived that of what was in it is no state a filesystem can be in.
+        let mut dirs = old.dirs.clone();
+        for dir in names.keys().filter_map(|path| path.parent()) {
+            dirs.entry(dir.to_owned()).or_insert(u64::MAX);
+        }
         Self {
             world: Arc::new(Mutex::new(World {
                 files,
                 durable_names: names.clone(),
                 names,
+                dirs,
+                next_inode: old.next_inode,
+                capacity: old.capacity,
+                ..World::default()
+            })),
+        }
+    }
+
+    /// Another disk, with what is durable on this one now.
+    pub fn clone_durable(&self) -> Self {
+        let old = self.world.lock();
+        let files = old.files.iter().map(|(inode, file)| {
+            let file = SimFileState {
+                current: file.durable.clone(),
+                durable: file.durable.clone(),
+                pending: Vec::new(),
+            };
+            (*inode, file)
+        });
+        Self {
+            world: Arc::new(Mutex::new(World {
+                files: files.collect(),
+                names: old.durable_names.clone(),
+                durable_names: old.durable_names.clone(),
                 dirs: old.dirs.clone(),
                 next_inode: old.next_inode,
                 capacity: old.capacity,
@@ -217,6 +246,18 @@ impl SimMedia {
                 if let Some(byte) = contents.get_mut(at) {
                     *byte ^= mask;
                 }
+            }
+        }
+    }
+
+    /// Flip bits of a byte of every file that has no name (any more) but is open: rot where only its owner can find it.
+    pub fn flip_unnamed(&self, offset: usize, mask: u8) {
+        let mut world = self.world.lock();
+        let named: BTreeSet<u64> = world.names.values().copied().collect();
+        let unnamed = world.files.iter_mut();
+        for (_, file) in unnamed.filter(|(inode, _)| !named.contains(inode)) {
+            if let Some(byte) = file.current.get_mut(offset) {
+                *byte ^= mask;
             }
         }
     }
@@ -449,6 +490,10 @@ impl MediaFile for SimFile {
             buffer[..bytes].copy_from_slice(&file.current[from..from + bytes]);
             Ok(bytes)
         })
+    }
+
+    fn read_cached_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<Option<usize>> {
+        self.read_at(buffer, offset).map(Some)
     }
 
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {

@@ -1,26 +1,41 @@
-//! One connection: the reader task parses and decides, the writer task answers in order.
+//! One connection: the reader parses and decides, the [`super::writer`] answers in order; both are one task.
 
+use super::command::Command;
+use super::pace::is_too_slow;
 use super::parser::Parser;
-use super::reply::{NAMESPACE_REMOVED, Outgoing, Reply, engine_error};
+use super::reply::Reply;
 use super::session::{Answering, Session};
+use super::values::Values;
+use super::writer::{Held, Outcome, Outstanding, Queued, Writer};
 use super::{BUDGET_UNIT, Server};
-use bytes::{Buf, BytesMut};
+use bytes::{Bytes, BytesMut};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadHalf, WriteHalf};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::timeout;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::{Instant, timeout, timeout_at};
 
-/// Bytes read at once when no larger value is expected.
-const READ_BYTES: usize = 16 << 10;
+/// Bytes read at once: few for a connection that says little, more while it fills what it is given.
+const READ_BYTES_FIRST: usize = 4 << 10;
+const READ_BYTES_MAX: usize = 16 << 10;
 /// Answers queued on a connection.
-const ANSWERS_MAX: usize = 1024;
-/// Answers are written when so many bytes are ready, even if more will follow at once.
-const WRITE_BYTES: usize = 1 << 20;
+const ANSWERS_MAX: usize = 256;
+/// Requests and answers up to this size are not counted; the length of the queue bounds them.
+const UNCOUNTED_BYTES: usize = 256;
 /// A client that was not let in yet sends no more than this in a request.
 const STRANGER_REQUEST_BYTES_MAX: usize = 4096;
+/// Room is taken for so much more than was announced, so that small arguments behind a value need none of their own.
+const ROOM_AHEAD_BYTES: usize = 32 << 10;
+/// For a request that has room and announces more than that.
+const MORE_ROOM_PATIENCE: Duration = Duration::from_secs(3);
+/// How often the pace of a large transfer is looked at.
+pub(super) const PACE_TICK: Duration = Duration::from_secs(1);
+/// After bytes that are no request so much more is read and dropped, for so long, so that the client gets to see the error.
+const DROPPED_BYTES_MAX: usize = 16 << 20;
+const DROPPING_MAX: Duration = Duration::from_secs(5);
 
 pub(super) enum Accepted {
     Tcp(TcpStream),
@@ -40,17 +55,26 @@ pub(super) async fn refuse(stream: Accepted) {
 /// Serve a connection until it ends.
 pub(super) async fn run(server: Arc<Server>, stream: Accepted, client: u64) {
     let ended = match (stream, server.config.tls.clone()) {
-        (Accepted::Tcp(stream), None) => talk(server, stream, client).await,
-        (Accepted::Unix(stream), None) => talk(server, stream, client).await,
-        (Accepted::Tcp(stream), Some(tls)) => talk_tls(server, tls, stream, client).await,
-        (Accepted::Unix(stream), Some(tls)) => talk_tls(server, tls, stream, client).await,
+        (Accepted::Tcp(stream), None) => {
+            let (read, write) = stream.into_split();
+            talk(server, read, write, client).await
+        }
+        (Accepted::Unix(stream), None) => {
+            let (read, write) = stream.into_split();
+            talk(server, read, write, client).await
+        }
+        // The futures of TLS are large and not all connections have it.
+        (Accepted::Tcp(stream), Some(tls)) => Box::pin(talk_tls(server, tls, stream, client)).await,
+        (Accepted::Unix(stream), Some(tls)) => {
+            Box::pin(talk_tls(server, tls, stream, client)).await
+        }
     };
     if let Err(error) = ended {
         tracing::debug!(client, %error, "a connection ended");
     }
 }
 
-async fn talk_tls<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+async fn talk_tls<S: AsyncRead + AsyncWrite + Unpin>(
     server: Arc<Server>,
     tls: Arc<rustls::ServerConfig>,
     stream: S,
@@ -59,60 +83,23 @@ async fn talk_tls<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     let acceptor = tokio_rustls::TlsAcceptor::from(tls);
     let deadline = server.config.handshake_timeout;
     let stream = timeout(deadline, acceptor.accept(stream)).await??;
-    talk(server, stream, client).await
+    let (read, write) = tokio::io::split(stream);
+    talk(server, read, write, client).await
 }
 
-/// An answer in the queue, with the budget it holds.
-struct Queued {
-    answering: Answering,
-    _held: Option<Held>,
-}
-
-/// Budget of a request and its answer.
-struct Held {
-    _connection: OwnedSemaphorePermit,
-    _server: OwnedSemaphorePermit,
-}
-
-/// SETs and DELs whose outcome the reader may have to wait for.
-#[derive(Default)]
-struct Outstanding {
-    writes: AtomicUsize,
-    settled: Notify,
-}
-
-impl Outstanding {
-    fn begin(&self) {
-        self.writes.fetch_add(1, Ordering::AcqRel);
-    }
-
-    fn end(&self) {
-        if self.writes.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.settled.notify_one();
-        }
-    }
-
-    async fn wait(&self) {
-        while self.writes.load(Ordering::Acquire) > 0 {
-            self.settled.notified().await;
-        }
-    }
-}
-
-async fn talk<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+async fn talk<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
     server: Arc<Server>,
-    stream: S,
+    read: R,
+    write: W,
     client: u64,
 ) -> io::Result<()> {
-    let (read, write) = tokio::io::split(stream);
     let (queue, queued) = mpsc::channel(ANSWERS_MAX);
     let outstanding = Arc::new(Outstanding::default());
-    let stall = server.config.stall_timeout;
     let writer = Writer {
         write,
         queued,
         outstanding: Arc::clone(&outstanding),
-        stall,
+        server: Arc::clone(&server),
     };
     let units = server.config.connection_inflight_bytes / BUDGET_UNIT;
     let mut reader = Reader {
@@ -121,64 +108,87 @@ async fn talk<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         server,
         parser: Parser::default(),
         buffer: BytesMut::new(),
-        queue,
+        read_bytes: READ_BYTES_FIRST,
+        queue: Some(queue),
         outstanding,
         budget: Arc::new(Semaphore::new(units)),
         budget_units: units,
-        begun: tokio::time::Instant::now(),
+        arrival: None,
+        begun: Instant::now(),
     };
-    let reading = async move { reader.run().await };
-    // The writer ends after the last answer once the reader has dropped the queue; when the writer fails, reading is pointless.
     let mut writing = std::pin::pin!(writer.run());
-    tokio::select! {
-        read = reading => {
-            writing.await?;
-            read
-        }
-        written = &mut writing => written,
+    let ended = tokio::select! {
+        ended = reader.run() => ended,
+        // When nothing can be answered any more, reading is pointless.
+        written = &mut writing => return written,
+    };
+    // The writer ends after the last answer.
+    reader.queue = None;
+    writing.await?;
+    if matches!(ended, Ok(Ending::Malformed)) {
+        reader.drop_the_rest().await;
     }
+    ended.map(|_| ())
 }
 
-struct Reader<S> {
-    read: ReadHalf<S>,
+/// Why reading ended.
+enum Ending {
+    /// The client or the server wants no more.
+    Done,
+    /// What comes cannot be understood.
+    Malformed,
+}
+
+/// A large request of which a part is here.
+struct Arrival {
+    began: Instant,
+    /// Of its bytes so many have room.
+    bytes: usize,
+    room: OwnedSemaphorePermit,
+}
+
+struct Reader<R> {
+    read: R,
     session: Session,
     server: Arc<Server>,
     parser: Parser,
     buffer: BytesMut,
-    queue: mpsc::Sender<Queued>,
+    read_bytes: usize,
+    queue: Option<mpsc::Sender<Queued>>,
     outstanding: Arc<Outstanding>,
     budget: Arc<Semaphore>,
     budget_units: usize,
-    begun: tokio::time::Instant,
+    arrival: Option<Arrival>,
+    begun: Instant,
 }
 
-impl<S: AsyncRead + Unpin> Reader<S> {
-    async fn run(&mut self) -> io::Result<()> {
-        let mut held = None;
+impl<R: AsyncRead + Unpin> Reader<R> {
+    async fn run(&mut self) -> io::Result<Ending> {
         loop {
             self.parser.request_bytes_max =
                 (!self.session.is_let_in()).then_some(STRANGER_REQUEST_BYTES_MAX);
             match self.parser.next(&mut self.buffer) {
                 Ok(Some(request)) => {
-                    let held = held.take();
-                    if !self.handle(request, held).await? {
-                        return Ok(());
+                    if !self.handle(request).await? {
+                        return Ok(Ending::Done);
                     }
                 }
                 Ok(None) => {
-                    // The budget is taken before the payload is.
-                    if held.is_none() && self.parser.announced_bytes() > READ_BYTES {
-                        held = Some(self.hold(self.parser.announced_bytes()).await?);
-                    }
-                    if !self.fill().await? {
-                        return Ok(());
+                    let shutdown = self.server.shutdown.clone();
+                    let more = tokio::select! {
+                        biased;
+                        more = self.fill() => more?,
+                        () = shutdown.cancelled() => false,
+                    };
+                    if !more {
+                        return Ok(Ending::Done);
                     }
                 }
                 Err(malformed) => {
-                    let reply = Reply::error(malformed.text);
-                    self.answer(Answering::Now(reply), None).await?;
+                    let reply = Outcome::Reply(Reply::error(malformed.text));
+                    self.answer(reply, None, None).await?;
                     if malformed.close {
-                        return Ok(());
+                        return Ok(Ending::Malformed);
                     }
                 }
             }
@@ -188,153 +198,263 @@ impl<S: AsyncRead + Unpin> Reader<S> {
     /// Read more bytes; `false` at the end of the stream.
     async fn fill(&mut self) -> io::Result<bool> {
         let wanted = self.parser.wanted_bytes(&self.buffer);
-        // Exactly what a large value needs, so that it has its buffer for itself.
-        self.buffer.reserve(if wanted > READ_BYTES {
-            wanted
-        } else {
-            READ_BYTES
-        });
-        let read = self.read.read_buf(&mut self.buffer);
-        let count = if !self.session.is_let_in() {
-            let deadline = self.begun + self.server.config.handshake_timeout;
-            tokio::time::timeout_at(deadline, read).await??
-        } else if self.parser.is_inside() {
-            timeout(self.server.config.stall_timeout, read).await??
-        } else {
-            read.await?
+        let announced = self.parser.announced_bytes();
+        let arrived = announced.saturating_sub(wanted);
+        // Only a client that really sends a large request gets room for it: the first bytes come without.
+        if announced > READ_BYTES_MAX && arrived >= READ_BYTES_FIRST {
+            self.make_room(announced).await?;
+        }
+        // Exactly what a large value needs, so that it has its buffer for itself and is never moved.
+        let room = match self.arrival {
+            Some(_) if wanted > READ_BYTES_MAX => wanted,
+            _ => self.read_bytes,
         };
+        self.buffer.reserve(room);
+        let count = self.receive().await?;
+        self.server.counters.received_bytes.add(count);
+        if count >= self.read_bytes {
+            self.read_bytes = (self.read_bytes * 2).min(READ_BYTES_MAX);
+        }
         Ok(count > 0)
     }
 
-    /// Carry out a request; `false` when the connection is to be closed after the answer.
-    async fn handle(&mut self, request: Vec<bytes::Bytes>, held: Option<Held>) -> io::Result<bool> {
-        if self.session.waits_for_writes(&request) {
-            self.outstanding.wait().await;
-        }
-        let answer_bytes = self.session.answer_bytes(&request);
-        let held = match held {
-            None if answer_bytes > READ_BYTES => Some(self.hold(answer_bytes).await?),
-            held => held,
-        };
-        let answering = self.session.carry_out(request).await;
-        if matches!(answering, Answering::Set(_) | Answering::Delete(_)) {
-            self.outstanding.begin();
-        }
-        let removed =
-            matches!(&answering, Answering::Now(Reply::Error(text)) if text == NAMESPACE_REMOVED);
-        self.answer(answering, held).await?;
-        Ok(!removed)
-    }
-
-    async fn answer(&self, answering: Answering, held: Option<Held>) -> io::Result<()> {
-        let queued = Queued {
-            answering,
-            _held: held,
-        };
-        let sent = self.queue.send(queued).await;
-        sent.map_err(|_| io::ErrorKind::BrokenPipe.into())
-    }
-
-    async fn hold(&self, bytes: usize) -> io::Result<Held> {
-        let units = bytes
-            .div_ceil(BUDGET_UNIT)
-            .clamp(1, self.budget_units.max(1));
-        let units = u32::try_from(units).unwrap_or(u32::MAX);
-        let closed = |_| io::Error::from(io::ErrorKind::BrokenPipe);
-        let both = async {
-            let connection = Arc::clone(&self.budget).acquire_many_owned(units).await;
-            let server = Arc::clone(&self.server.budget)
-                .acquire_many_owned(units)
-                .await;
-            Ok(Held {
-                _connection: connection.map_err(closed)?,
-                _server: server.map_err(closed)?,
-            })
-        };
-        timeout(self.server.config.stall_timeout, both).await?
-    }
-}
-
-struct Writer<S> {
-    write: WriteHalf<S>,
-    queued: mpsc::Receiver<Queued>,
-    outstanding: Arc<Outstanding>,
-    stall: std::time::Duration,
-}
-
-impl<S: AsyncWrite + Unpin> Writer<S> {
-    async fn run(mut self) -> io::Result<()> {
-        let mut outgoing = Outgoing::default();
-        // Held until written: the values are in memory until then.
-        let mut held = Vec::new();
-        loop {
-            // Write what is ready before waiting for what is not.
-            let next = match self.queued.try_recv() {
-                Ok(next) => Some(next),
-                Err(_) => {
-                    self.send(&mut outgoing).await?;
-                    held.clear();
-                    self.queued.recv().await
-                }
-            };
-            let Some(Queued {
-                answering,
-                _held: permit,
-            }) = next
-            else {
-                // Nothing more is sent; with TLS this also tells the other side that nothing was cut off.
-                let _ = timeout(self.stall, self.write.shutdown()).await;
-                return Ok(());
-            };
-            let reply = self.settle(answering, &mut outgoing, &mut held).await?;
-            outgoing.push(&reply);
-            held.extend(permit);
-            if outgoing.pending_bytes() >= WRITE_BYTES {
-                self.send(&mut outgoing).await?;
-                held.clear();
-            }
-        }
-    }
-
-    async fn settle(
-        &mut self,
-        answering: Answering,
-        outgoing: &mut Outgoing,
-        held: &mut Vec<Held>,
-    ) -> io::Result<Reply> {
-        let mut answer = match answering {
-            Answering::Now(reply) => return Ok(reply),
-            Answering::Set(answer) | Answering::Delete(answer) => answer,
-        };
-        let outcome = match answer.try_now() {
-            Some(outcome) => outcome,
-            None => {
-                // The answers so far need not wait for the disk.
-                self.send(outgoing).await?;
-                held.clear();
-                answer.wait().await
-            }
-        };
-        self.outstanding.end();
-        Ok(match outcome {
-            Ok(Some(key)) => Reply::Bulk(key),
-            Ok(None) => answer.reply_without_key(),
-            Err(error) => answer.error(&error).unwrap_or_else(|| engine_error(&error)),
-        })
-    }
-
-    async fn send(&mut self, outgoing: &mut Outgoing) -> io::Result<()> {
-        outgoing.seal();
-        if !outgoing.has_remaining() {
+    /// Room for a request that has announced so many bytes by now.
+    async fn make_room(&mut self, announced: usize) -> io::Result<()> {
+        let most = self.server.config.arriving_bytes / BUDGET_UNIT;
+        let held = self.arrival.as_ref().map_or(0, |arrival| arrival.bytes);
+        if announced <= held {
             return Ok(());
         }
-        while outgoing.has_remaining() {
-            // The deadline is for progress, not for the whole: a slow client may take its time.
-            let wrote = timeout(self.stall, self.write.write_buf(outgoing)).await??;
-            if wrote == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
+        let bytes = announced + ROOM_AHEAD_BYTES;
+        let (patience, held) = match held {
+            0 => (self.server.config.stall_timeout, 0),
+            // Who holds room and wants more may wait for others that do the same: not for long.
+            held => (MORE_ROOM_PATIENCE, units(held, most)),
+        };
+        let room = take(
+            &self.server,
+            &self.server.arriving,
+            units(bytes, most) - held,
+        );
+        let room = timeout(patience, room).await??;
+        match &mut self.arrival {
+            Some(arrival) => {
+                arrival.bytes = bytes;
+                arrival.room.merge(room);
+            }
+            None => {
+                self.arrival = Some(Arrival {
+                    began: Instant::now(),
+                    bytes,
+                    room,
+                });
             }
         }
-        timeout(self.stall, self.write.flush()).await?
+        Ok(())
     }
+
+    /// One read, with its deadline.
+    async fn receive(&mut self) -> io::Result<usize> {
+        let config = &self.server.config;
+        if !self.session.is_let_in() {
+            let deadline = self.begun + config.handshake_timeout;
+            return timeout_at(deadline, self.read.read_buf(&mut self.buffer)).await?;
+        }
+        if !self.parser.is_inside() && self.buffer.is_empty() {
+            return self.read.read_buf(&mut self.buffer).await;
+        }
+        let Some(arrival) = &self.arrival else {
+            return timeout(config.stall_timeout, self.read.read_buf(&mut self.buffer)).await?;
+        };
+        let still = Instant::now();
+        loop {
+            let others_wait = self.server.waiting.load(Ordering::Relaxed) > 0;
+            let wanted = self.parser.wanted_bytes(&self.buffer);
+            let bytes = self.parser.announced_bytes().saturating_sub(wanted) as u64;
+            let elapsed = arrival.began.elapsed();
+            if others_wait && is_too_slow(elapsed, bytes, still.elapsed()) {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            match timeout(PACE_TICK, self.read.read_buf(&mut self.buffer)).await {
+                Ok(read) => return read,
+                Err(_) if still.elapsed() < config.stall_timeout => {}
+                Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+            }
+        }
+    }
+
+    /// Carry out a request; `false` when the connection is to be closed after the answer.
+    async fn handle(&mut self, request: Vec<Bytes>) -> io::Result<bool> {
+        let bytes = request.iter().map(Bytes::len).sum();
+        let held = self.hold(bytes).await?;
+        self.arrival = None;
+        let Some(command) = request.first().and_then(|name| Command::named(name)) else {
+            self.server.counters.failed.add(1);
+            let reply = Outcome::Reply(Reply::error("Command not supported"));
+            self.answer(reply, held, None).await?;
+            return Ok(true);
+        };
+        self.server.counters.executed.add(1);
+        if !command.may_overtake_writes() {
+            self.outstanding.wait().await;
+        }
+        let held = match self.session.reading_bytes(command, &request) {
+            0 => held,
+            reading => {
+                drop(held);
+                self.hold(reading).await?
+            }
+        };
+        let answering = if command == Command::Wait {
+            match self.carry_out_wait(request).await? {
+                Some(answering) => answering,
+                None => return Ok(false),
+            }
+        } else {
+            self.session.carry_out(command, request).await
+        };
+        let mut last = false;
+        let outcome = match answering {
+            Answering::Write(write) => {
+                self.outstanding.begin();
+                Outcome::Write(write)
+            }
+            Answering::Values(values) => return self.read_values(command, values).await,
+            Answering::Now(reply) => Outcome::Reply(reply),
+            Answering::Last(reply) => {
+                last = true;
+                Outcome::Reply(reply)
+            }
+        };
+        let held = match &outcome {
+            Outcome::Reply(reply) if held.is_none() => self.hold(reply.bytes()).await?,
+            _ => held,
+        };
+        self.answer(outcome, held, Some(command)).await?;
+        Ok(!last)
+    }
+
+    /// GET and MGET: room for a value is taken before the value is read.
+    async fn read_values(&mut self, command: Command, values: Values) -> io::Result<bool> {
+        if values.array {
+            let header = Outcome::Reply(Reply::ArrayHeader(values.keys.len()));
+            self.answer(header, None, None).await?;
+        }
+        let mut last = false;
+        for (number, key) in values.keys.iter().enumerate() {
+            let held = self.hold(values.answer_bytes(key)).await?;
+            let reply = values.read(key).await;
+            match &reply {
+                Reply::Bulk(value) => self.server.counters.read_bytes.add(value.len()),
+                Reply::Error(_) => self.server.counters.read_failed.add(1),
+                _ => {}
+            }
+            last |= reply.is_removal();
+            let ran = (number + 1 == values.keys.len()).then_some(command);
+            self.answer(Outcome::Reply(reply), held, ran).await?;
+        }
+        Ok(!last)
+    }
+
+    /// WAIT takes long: notice when the client or the server goes meanwhile.
+    async fn carry_out_wait(&mut self, request: Vec<Bytes>) -> io::Result<Option<Answering>> {
+        let mut waiting = std::pin::pin!(self.session.carry_out(Command::Wait, request));
+        loop {
+            // What the client sends meanwhile is kept, but not much of it.
+            let room = READ_BYTES_MAX.saturating_sub(self.buffer.len());
+            self.buffer.reserve(room.min(READ_BYTES_FIRST));
+            tokio::select! {
+                answering = &mut waiting => return Ok(Some(answering)),
+                () = self.server.shutdown.cancelled() => return Ok(None),
+                read = self.read.read_buf(&mut self.buffer), if room >= READ_BYTES_FIRST => {
+                    let count = read?;
+                    self.server.counters.received_bytes.add(count);
+                    if count == 0 {
+                        return Ok(None);
+                    }
+                }
+            }
+        }
+    }
+
+    async fn answer(
+        &self,
+        outcome: Outcome,
+        held: Option<Held>,
+        command: Option<Command>,
+    ) -> io::Result<()> {
+        let queued = Queued {
+            outcome,
+            ran: command.and_then(|command| self.session.ran(command)),
+            _held: held,
+        };
+        let gone = || io::Error::from(io::ErrorKind::BrokenPipe);
+        let queue = self.queue.as_ref().ok_or_else(gone)?;
+        queue.send(queued).await.map_err(|_| gone())
+    }
+
+    /// Room for so many bytes, of this connection and of the server.
+    async fn hold(&self, bytes: usize) -> io::Result<Option<Held>> {
+        if bytes <= UNCOUNTED_BYTES {
+            return Ok(None);
+        }
+        let units = units(bytes, self.budget_units);
+        let connection = match Arc::clone(&self.budget).try_acquire_many_owned(units) {
+            Ok(permit) => permit,
+            Err(_) => {
+                let room = Arc::clone(&self.budget).acquire_many_owned(units);
+                let room = timeout(self.server.config.stall_timeout, room).await?;
+                room.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?
+            }
+        };
+        let room = take(&self.server, &self.server.budget, units);
+        let server = timeout(self.server.config.stall_timeout, room).await??;
+        Ok(Some(Held {
+            _connection: connection,
+            _server: server,
+        }))
+    }
+
+    /// Closing while bytes are unread would take the error from the client before it was seen.
+    async fn drop_the_rest(&mut self) {
+        let dropping = async {
+            let mut dropped = 0;
+            while dropped < DROPPED_BYTES_MAX {
+                self.buffer.clear();
+                self.buffer.reserve(READ_BYTES_FIRST);
+                match self.read.read_buf(&mut self.buffer).await {
+                    Ok(1..) => dropped += self.buffer.len(),
+                    Ok(0) | Err(_) => return,
+                }
+            }
+        };
+        let _ = timeout(DROPPING_MAX, dropping).await;
+    }
+}
+
+/// One that is larger than the whole budget takes all of it.
+fn units(bytes: usize, most: usize) -> u32 {
+    let units = bytes.div_ceil(BUDGET_UNIT).clamp(1, most.max(1));
+    u32::try_from(units).unwrap_or(u32::MAX)
+}
+
+/// Take from a budget of the server, and let those that hold it know when somebody waits.
+async fn take(
+    server: &Server,
+    budget: &Arc<Semaphore>,
+    units: u32,
+) -> io::Result<OwnedSemaphorePermit> {
+    struct Waiting<'a>(&'a Server);
+    impl Drop for Waiting<'_> {
+        fn drop(&mut self) {
+            self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+    if let Ok(permit) = Arc::clone(budget).try_acquire_many_owned(units) {
+        return Ok(permit);
+    }
+    server.waiting.fetch_add(1, Ordering::Relaxed);
+    let _waiting = Waiting(server);
+    let taken = Arc::clone(budget).acquire_many_owned(units).await;
+    taken.map_err(|_| io::ErrorKind::BrokenPipe.into())
 }

@@ -2,7 +2,9 @@
 
 use crate::engine::EngineError;
 use bytes::{Buf, Bytes, BytesMut};
+use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::fmt::Write;
 use std::io::IoSlice;
 
 /// Values up to this size are copied into the buffer of small things.
@@ -10,21 +12,27 @@ const COPY_BYTES_MAX: usize = 16 << 10;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Reply {
-    Simple(String),
-    Error(String),
+    Simple(Cow<'static, str>),
+    Error(Cow<'static, str>),
     Integer(i64),
     Bulk(Bytes),
     Nil,
     Array(Vec<Reply>),
+    /// An array of so many items, which follow as replies of their own.
+    ArrayHeader(usize),
 }
 
 impl Reply {
     pub(super) fn ok() -> Self {
-        Self::Simple("OK".to_owned())
+        Self::simple("OK")
     }
 
-    pub(super) fn error(text: &str) -> Self {
-        Self::Error(text.to_owned())
+    pub(super) fn simple(text: impl Into<Cow<'static, str>>) -> Self {
+        Self::Simple(text.into())
+    }
+
+    pub(super) fn error(text: &'static str) -> Self {
+        Self::Error(Cow::Borrowed(text))
     }
 
     pub(super) fn bulk(text: impl AsRef<[u8]>) -> Self {
@@ -33,6 +41,24 @@ impl Reply {
 
     pub(super) fn integer(number: u64) -> Self {
         Self::Integer(i64::try_from(number).unwrap_or(i64::MAX))
+    }
+
+    /// Does it say that the namespace of the connection was removed?
+    pub(super) fn is_removal(&self) -> bool {
+        matches!(self, Self::Error(text) if text == NAMESPACE_REMOVED)
+    }
+
+    /// Bytes it holds in memory.
+    pub(super) fn bytes(&self) -> usize {
+        match self {
+            Self::Simple(text) | Self::Error(text) => text.len(),
+            Self::Integer(_) | Self::Nil | Self::ArrayHeader(_) => 0,
+            Self::Bulk(value) => value.len(),
+            Self::Array(items) => items
+                .iter()
+                .map(|item| size_of::<Self>() + item.bytes())
+                .sum(),
+        }
     }
 }
 
@@ -57,9 +83,11 @@ pub(super) fn engine_error(error: &EngineError) -> Reply {
         EngineError::UnknownNamespace(_) => "Namespace not found",
         EngineError::Name(_) => "This name is not allowed",
         EngineError::NotOffered => "Permission denied",
-        EngineError::InUse { .. } | EngineError::Io { .. } | EngineError::Datafile(_) => {
-            "Unexpected Internal Error"
-        }
+        EngineError::UnknownVersion { .. } => "Invalid arguments (invalid key)",
+        EngineError::InUse { .. }
+        | EngineError::SettingsLost { .. }
+        | EngineError::Io { .. }
+        | EngineError::Datafile(_) => INTERNAL,
     };
     if matches!(
         error,
@@ -69,6 +97,8 @@ pub(super) fn engine_error(error: &EngineError) -> Reply {
     }
     Reply::error(text)
 }
+
+pub(super) const INTERNAL: &str = "Unexpected Internal Error";
 
 pub(super) const NAMESPACE_REMOVED: &str =
     "Your active namespace is not available anymore (probably removed).";
@@ -86,10 +116,11 @@ impl Outgoing {
         match reply {
             Reply::Simple(text) => self.line(b'+', text),
             Reply::Error(text) => self.line(b'-', text),
-            Reply::Integer(number) => self.line(b':', &number.to_string()),
-            Reply::Nil => self.line(b'$', "-1"),
+            Reply::Integer(number) => self.number(b':', *number),
+            Reply::Nil => self.small.extend_from_slice(b"$-1\r\n"),
+            Reply::ArrayHeader(count) => self.count(b'*', *count),
             Reply::Bulk(value) => {
-                self.line(b'$', &value.len().to_string());
+                self.count(b'$', value.len());
                 if value.len() <= COPY_BYTES_MAX {
                     self.small.extend_from_slice(value);
                 } else {
@@ -100,12 +131,21 @@ impl Outgoing {
                 self.small.extend_from_slice(b"\r\n");
             }
             Reply::Array(items) => {
-                self.line(b'*', &items.len().to_string());
+                self.count(b'*', items.len());
                 for item in items {
                     self.push(item);
                 }
             }
         }
+    }
+
+    fn count(&mut self, kind: u8, count: usize) {
+        self.number(kind, i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
+    fn number(&mut self, kind: u8, number: i64) {
+        // Writing to a buffer that grows does not fail.
+        let _ = write!(self.small, "{}{number}\r\n", char::from(kind));
     }
 
     fn line(&mut self, kind: u8, text: &str) {

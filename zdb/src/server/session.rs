@@ -1,60 +1,35 @@
 //! What a connection may do, and what its commands mean.
 
-use super::manage;
-use super::reply::{NAMESPACE_REMOVED, Reply, engine_error};
-use super::{Admin, Ran, Server};
+use super::command::Command;
+use super::reply::{INTERNAL, NAMESPACE_REMOVED, Reply, engine_error};
+use super::values::{PendingWrite, READ_ONLY, Values};
+use super::watch::Ran;
+use super::{Admin, Server, files, instance, manage, scan, values};
 use crate::client::Password;
-use crate::engine::{Answer, DEFAULT_NAMESPACE, EngineError, KEY_BYTES_MAX, KeyPage, Namespace};
-use bytes::{Bytes, BytesMut};
+use crate::engine::{DEFAULT_NAMESPACE, EngineError, Namespace, VALUE_BYTES_MAX};
+use bytes::Bytes;
 use sha1::{Digest, Sha1};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-/// Keys in one answer to SCAN.
-const SCAN_KEYS_MAX: usize = 1000;
-const CURSOR_BYTES: usize = 17;
 /// WAIT without a time waits this long; the protocol's bounds.
 const WAIT_DEFAULT_MS: u64 = 5000;
 const WAIT_MS: std::ops::RangeInclusive<u64> = 100..=1_800_000;
+/// Bytes of passwords.
+const ADMIN_PASSWORD_BYTES_MAX: usize = 128;
+const NAMESPACE_PASSWORD_BYTES_MAX: usize = 255;
+/// Characters of a proof, hex sha1.
+const PROOF_BYTES: usize = 40;
 
-/// The commands that exist here, as WAIT names them.
-const COMMANDS: [&str; 29] = [
-    "WAIT", "PING", "TIME", "AUTH", "SET", "SETX", "GET", "MGET", "DEL", "EXISTS", "CHECK", "SCAN",
-    "SCANX", "RSCAN", "KSCAN", "KEYCUR", "LENGTH", "KEYTIME", "INFO", "STOP", "DBSIZE", "NSNEW",
-    "NSDEL", "NSLIST", "NSSET", "NSINFO", "SELECT", "FLUSH", "*",
-];
-
-/// A write that was put in the engine's queue.
-pub(super) struct PendingWrite {
-    answer: Answer,
-    delete: bool,
-}
-
-impl PendingWrite {
-    pub(super) fn try_now(&mut self) -> Option<Result<Option<Bytes>, EngineError>> {
-        self.answer.try_stored()
-    }
-
-    pub(super) async fn wait(&mut self) -> Result<Option<Bytes>, EngineError> {
-        self.answer.stored().await
-    }
-
-    /// Done, and no key to answer: deleted, or unchanged.
-    pub(super) fn reply_without_key(&self) -> Reply {
-        if self.delete { Reply::ok() } else { Reply::Nil }
-    }
-
-    /// Where DEL has other words than SET.
-    pub(super) fn error(&self, error: &EngineError) -> Option<Reply> {
-        (self.delete && matches!(error, EngineError::Worm))
-            .then(|| Reply::error("Cannot delete a key when namespace is in worm mode"))
-    }
-}
-
+/// How a request is answered.
 pub(super) enum Answering {
     Now(Reply),
-    Set(PendingWrite),
-    Delete(PendingWrite),
+    /// With this the connection ends.
+    Last(Reply),
+    /// When the engine has done it.
+    Write(PendingWrite),
+    /// With values, read one after the other.
+    Values(Values),
 }
 
 /// The state of one connection.
@@ -62,17 +37,11 @@ pub(super) struct Session {
     pub(super) server: Arc<Server>,
     pub(super) client: u64,
     pub(super) namespace: Option<Arc<Namespace>>,
-    pub(super) writable: bool,
+    writable: bool,
     pub(super) admin: bool,
     nonce: Option<String>,
-}
-
-fn command_of(request: &[Bytes]) -> Option<&'static str> {
-    let name = request.first()?;
-    COMMANDS
-        .iter()
-        .find(|known| known.as_bytes().eq_ignore_ascii_case(name))
-        .copied()
+    /// Where the last DATA RAW ended.
+    pub(super) raw: Option<files::Place>,
 }
 
 impl Session {
@@ -80,12 +49,13 @@ impl Session {
         let namespace = server.engine.namespace(DEFAULT_NAMESPACE);
         let admin = matches!(server.config.admin, Admin::Everyone);
         Self {
+            writable: !server.config.protect,
             server,
             client,
             namespace,
-            writable: true,
             admin,
             nonce: None,
+            raw: None,
         }
     }
 
@@ -94,75 +64,92 @@ impl Session {
         self.namespace.is_some()
     }
 
-    /// Everything but SET and DEL sees what was written before it on this connection.
-    pub(super) fn waits_for_writes(&self, request: &[Bytes]) -> bool {
-        !matches!(command_of(request), Some("SET" | "SETX" | "DEL" | "PING"))
+    /// Bytes that carrying a request out takes before its answer is there: values that are read whole.
+    pub(super) fn reading_bytes(&self, command: Command, request: &[Bytes]) -> usize {
+        match (command, &self.namespace, request) {
+            (Command::History | Command::Data, _, _) => VALUE_BYTES_MAX,
+            (Command::Check, Some(namespace), [_, key]) => {
+                let stat = namespace.stat(key).ok().flatten();
+                stat.map_or(0, |stat| stat.bytes as usize)
+            }
+            _ => 0,
+        }
     }
 
-    /// Bytes that the answer will hold in memory.
-    pub(super) fn answer_bytes(&self, request: &[Bytes]) -> usize {
-        let Some(namespace) = &self.namespace else {
-            return 0;
-        };
-        if !matches!(command_of(request), Some("GET" | "MGET")) {
-            return 0;
+    /// What those that WAIT are told of a command that was run here; nothing if nobody waits.
+    pub(super) fn ran(&self, command: Command) -> Option<Ran> {
+        if !self.server.watch.is_watched() {
+            return None;
         }
-        let sizes = request[1..].iter().filter_map(|key| namespace.stat(key));
-        sizes.map(|stat| stat.bytes as usize).sum()
+        Some(Ran {
+            namespace: self.namespace.as_ref()?.name().to_owned(),
+            client: self.client,
+            command,
+        })
     }
 
     /// Carry out a request.
-    pub(super) async fn carry_out(&mut self, request: Vec<Bytes>) -> Answering {
-        let Some(command) = command_of(&request) else {
-            return Answering::Now(Reply::error("Command not supported"));
-        };
+    pub(super) async fn carry_out(&mut self, command: Command, request: Vec<Bytes>) -> Answering {
         if self
             .namespace
             .as_ref()
             .is_some_and(|namespace| namespace.is_closed())
         {
-            return Answering::Now(Reply::error(NAMESPACE_REMOVED));
+            return Answering::Last(Reply::error(NAMESPACE_REMOVED));
         }
-        if let Some(namespace) = &self.namespace {
-            // Without anyone waiting this is an error that means nothing.
-            let _ = self.server.ran.send(Ran {
-                namespace: namespace.name().to_owned(),
-                client: self.client,
-                command,
-            });
-        }
-        let answer = match command {
-            "SET" | "SETX" => self.set(&request).map(Answering::Set),
-            "DEL" => self.delete(&request).map(Answering::Delete),
-            _ => Err(self.at_once(command, &request).await),
+        let answering = match command {
+            Command::Set | Command::SetX => values::set(self, &request),
+            Command::Del => values::delete(self, &request),
+            Command::Get => values::get(self, request),
+            Command::MGet => values::mget(self, request),
+            _ => self.at_once(command, &request).await.map(Answering::Now),
         };
-        answer.unwrap_or_else(Answering::Now)
+        match answering {
+            Ok(answering) => answering,
+            Err(reply) if reply.is_removal() => Answering::Last(reply),
+            Err(reply) => Answering::Now(reply),
+        }
     }
 
-    async fn at_once(&mut self, command: &'static str, request: &[Bytes]) -> Reply {
-        let answer = match command {
-            "PING" => Ok(Reply::Simple("PONG".to_owned())),
-            "TIME" => Ok(time()),
-            "INFO" => Ok(manage::info(self)),
-            "AUTH" => self.auth(request),
-            "SELECT" => self.select(request),
-            "GET" => self.get(request).await,
-            "MGET" => self.mget(request).await,
-            "EXISTS" => self.exists(request),
-            "CHECK" => self.check(request).await,
-            "LENGTH" => self.stat(request, |stat| u64::from(stat.bytes)),
-            "KEYTIME" => self.stat(request, |stat| u64::from(stat.timestamp)),
-            "SCAN" | "SCANX" => self.scan(request, Namespace::keys_after),
-            "RSCAN" => self.scan(request, Namespace::keys_before),
-            "KSCAN" => self.kscan(request),
-            "KEYCUR" => self.keycur(request),
-            "DBSIZE" => self.dbsize(),
-            "WAIT" => self.wait(request).await,
-            "STOP" => Err(Reply::error("Unauthorized")),
-            "*" => Err(Reply::error("This is not a valid command")),
-            _ => manage::carry_out(self, command, request).await,
-        };
-        answer.unwrap_or_else(|error| error)
+    async fn at_once(&mut self, command: Command, request: &[Bytes]) -> Result<Reply, Reply> {
+        match command {
+            Command::Ping => Ok(Reply::simple("PONG")),
+            Command::Time => Ok(instance::time()),
+            Command::Info => Ok(instance::info(self)),
+            Command::Auth => self.auth(request),
+            Command::Select => self.select(request),
+            Command::Exists => values::exists(self, request),
+            Command::Check => values::check(self, request).await,
+            Command::Length => values::stat(self, request, |stat| stat.bytes),
+            Command::KeyTime => values::stat(self, request, |stat| stat.timestamp),
+            Command::Scan | Command::ScanX => {
+                scan::scan(self, request, Namespace::keys_after).await
+            }
+            Command::RScan => scan::scan(self, request, Namespace::keys_before).await,
+            Command::History => values::history(self, request).await,
+            Command::KScan => scan::kscan(self, request).await,
+            Command::KeyCur => scan::keycur(self, request),
+            Command::DbSize => scan::dbsize(self),
+            Command::Wait => self.wait(request).await,
+            Command::NsNew => manage::create(self, request).await,
+            Command::NsDel => manage::remove(self, request).await,
+            Command::NsList => Ok(manage::list(self)),
+            Command::NsSet => manage::change(self, request).await,
+            Command::NsInfo => manage::nsinfo(self, request),
+            Command::NsJump => manage::jump(self).await,
+            Command::Reload => manage::reload(self, request).await,
+            Command::Flush => manage::flush(self).await,
+            Command::Stop => instance::stop(self),
+            Command::Hooks => instance::hooks(self),
+            Command::Index => files::index(self, request),
+            Command::Data => files::data(self, request).await,
+            Command::Mirror | Command::Master => instance::mirror(self),
+            Command::Asterisk => Err(Reply::error("This is not a valid command")),
+            // Answered by `carry_out`.
+            Command::Set | Command::SetX | Command::Del | Command::Get | Command::MGet => {
+                Err(Reply::error(INTERNAL))
+            }
+        }
     }
 
     pub(super) fn current(&self) -> Result<&Arc<Namespace>, Reply> {
@@ -172,7 +159,7 @@ impl Session {
     }
 
     /// The namespace, if data commands are possible in it now.
-    fn thawed(&self) -> Result<&Arc<Namespace>, Reply> {
+    pub(super) fn thawed(&self) -> Result<&Arc<Namespace>, Reply> {
         let namespace = self.current()?;
         if namespace.settings().frozen {
             return Err(engine_error(&EngineError::Frozen));
@@ -180,247 +167,88 @@ impl Session {
         Ok(namespace)
     }
 
-    fn set(&self, request: &[Bytes]) -> Result<PendingWrite, Reply> {
-        let (key, value, timestamp) = match request {
-            [_, key, value] => (key, value, None),
-            [_, key, value, timestamp] => (key, value, Some(timestamp)),
-            _ => return Err(Reply::error("Unexpected arguments")),
-        };
-        let timestamp = timestamp.map(|text| self.timestamp(text)).transpose()?;
-        let namespace = self.thawed()?;
+    /// The namespace, if this connection may write to it. Whether it is frozen or locked is for the engine to decide, in order with the
+    /// writes.
+    pub(super) fn writable(&self) -> Result<&Arc<Namespace>, Reply> {
         if !self.writable {
-            return Err(Reply::error("Namespace is in read-only mode"));
+            return Err(Reply::error(READ_ONLY));
         }
-        // The key outlives the request in answers and overlays: it must not keep the value's buffer.
-        let key = Bytes::copy_from_slice(key);
-        match namespace.submit_set(key, value.clone(), timestamp) {
-            Ok(answer) => Ok(PendingWrite {
-                answer,
-                delete: false,
-            }),
-            Err(error) => Err(engine_error(&error)),
-        }
+        self.current()
     }
 
-    fn timestamp(&self, text: &[u8]) -> Result<u32, Reply> {
-        if !self.admin {
-            return Err(Reply::error("Permission denied"));
+    pub(super) fn require_admin(&self) -> Result<(), Reply> {
+        if self.admin {
+            return Ok(());
         }
+        self.server.counters.unauthorized.add(1);
+        Err(Reply::error("Permission denied"))
+    }
+
+    /// Only an admin may set one.
+    pub(super) fn timestamp(&self, text: &[u8]) -> Result<u32, Reply> {
+        self.require_admin()?;
         let number = std::str::from_utf8(text)
             .ok()
             .and_then(|text| text.parse().ok());
         number.ok_or_else(|| Reply::error("Invalid timestamp"))
     }
 
-    fn delete(&self, request: &[Bytes]) -> Result<PendingWrite, Reply> {
-        if let [_, _, timestamp] = request {
-            self.timestamp(timestamp)?;
-        } else if request.len() != 2 {
-            return Err(Reply::error("Unexpected arguments"));
-        }
-        let key = key_argument(&request[1])?;
-        let namespace = self.thawed()?;
-        if !self.writable {
-            return Err(Reply::error("Namespace is in read-only mode"));
-        }
-        match namespace.submit_delete(Bytes::copy_from_slice(key)) {
-            Ok(answer) => Ok(PendingWrite {
-                answer,
-                delete: true,
-            }),
-            Err(error) => Err(engine_error(&error)),
-        }
-    }
-
-    async fn get(&self, request: &[Bytes]) -> Result<Reply, Reply> {
-        let key = only_key(request)?;
-        value_reply(self.thawed()?.get(key).await)
-    }
-
-    async fn mget(&self, request: &[Bytes]) -> Result<Reply, Reply> {
-        if request.len() < 2 {
-            return Err(Reply::error("Invalid arguments"));
-        }
-        let namespace = self.thawed()?;
-        let wanted = self.answer_bytes(request);
-        if wanted > self.server.config.connection_inflight_bytes {
-            return Err(Reply::error("Payload too big"));
-        }
-        let mut values = Vec::with_capacity(request.len() - 1);
-        for key in &request[1..] {
-            let key = key_argument(key)?;
-            values.push(value_reply(namespace.get(key).await)?);
-        }
-        Ok(Reply::Array(values))
-    }
-
-    fn exists(&self, request: &[Bytes]) -> Result<Reply, Reply> {
-        let key = only_key(request)?;
-        Ok(Reply::Integer(i64::from(self.thawed()?.exists(key))))
-    }
-
-    async fn check(&self, request: &[Bytes]) -> Result<Reply, Reply> {
-        let key = only_key(request)?;
-        Ok(match self.thawed()?.check(key).await {
-            Ok(Some(sound)) => Reply::Integer(i64::from(sound)),
-            Ok(None) => Reply::Nil,
-            Err(EngineError::Frozen) => engine_error(&EngineError::Frozen),
-            Err(_) => Reply::Integer(-1),
-        })
-    }
-
-    fn stat(
-        &self,
-        request: &[Bytes],
-        field: impl FnOnce(&crate::engine::KeyStat) -> u64,
-    ) -> Result<Reply, Reply> {
-        let key = only_key(request)?;
-        let stat = self.thawed()?.stat(key);
-        Ok(stat.map_or(Reply::Nil, |stat| Reply::integer(field(&stat))))
-    }
-
-    fn scan(
-        &self,
-        request: &[Bytes],
-        pages: impl FnOnce(&Namespace, Option<u64>, usize) -> KeyPage,
-    ) -> Result<Reply, Reply> {
-        let position = match request {
-            [_] => None,
-            [_, cursor] => {
-                Some(decode_cursor(cursor).ok_or_else(|| Reply::error("Invalid key format"))?)
-            }
-            _ => return Err(Reply::error("Unexpected arguments")),
-        };
-        let page = pages(self.thawed()?, position, SCAN_KEYS_MAX);
-        let Some(last) = page.next else {
-            return Err(Reply::error("No more data"));
-        };
-        let rows = page.keys.into_iter().map(|stat| {
-            Reply::Array(vec![
-                Reply::Bulk(stat.key),
-                Reply::integer(u64::from(stat.bytes)),
-                Reply::integer(u64::from(stat.timestamp)),
-            ])
-        });
-        Ok(Reply::Array(vec![
-            Reply::Bulk(encode_cursor(last)),
-            Reply::Array(rows.collect()),
-        ]))
-    }
-
-    fn kscan(&self, request: &[Bytes]) -> Result<Reply, Reply> {
-        let prefix = only_key(request)?;
-        let namespace = self.thawed()?;
-        if namespace.settings().mode == crate::engine::Mode::Sequential {
-            return Err(Reply::error(
-                "Index running mode doesn't support this feature",
-            ));
-        }
-        let mut found = Vec::new();
-        let mut position = None;
-        loop {
-            let page = namespace.keys_after(position, SCAN_KEYS_MAX);
-            let matching = page
-                .keys
-                .into_iter()
-                .filter(|stat| stat.key.starts_with(prefix));
-            found.extend(matching.map(|stat| Reply::Bulk(stat.key)));
-            if page.next.is_none() || found.len() >= SCAN_KEYS_MAX {
-                break;
-            }
-            position = page.next;
-        }
-        if found.is_empty() {
-            return Err(Reply::error("No keys match"));
-        }
-        Ok(Reply::Array(vec![Reply::bulk("0"), Reply::Array(found)]))
-    }
-
-    fn keycur(&self, request: &[Bytes]) -> Result<Reply, Reply> {
-        let key = only_key(request)?;
-        match self.thawed()?.stat(key) {
-            Some(stat) => Ok(Reply::Bulk(encode_cursor(stat.position))),
-            None => Err(Reply::error("Key not found")),
-        }
-    }
-
-    fn dbsize(&self) -> Result<Reply, Reply> {
-        let usage = self
-            .current()?
-            .usage()
-            .map_err(|error| engine_error(&error))?;
-        Ok(Reply::integer(usage.keys))
-    }
-
     async fn wait(&self, request: &[Bytes]) -> Result<Reply, Reply> {
         let (watched, ms) = match request {
-            [_, watched] => (watched, WAIT_DEFAULT_MS),
-            [_, watched, ms] => {
-                let ms = std::str::from_utf8(ms)
-                    .ok()
-                    .and_then(|text| text.parse().ok());
-                let ms = ms.filter(|ms| WAIT_MS.contains(ms));
-                (watched, ms.ok_or_else(|| Reply::error("Invalid timeout"))?)
-            }
+            [_, watched] => (watched, None),
+            [_, watched, ms] => (watched, Some(ms)),
             _ => return Err(Reply::error("Invalid arguments")),
         };
-        let any = &watched[..] == b"*";
-        let known = COMMANDS
-            .iter()
-            .find(|known| known.as_bytes().eq_ignore_ascii_case(watched));
-        let Some(watched) = known else {
+        let Some(watched) = Command::named(watched) else {
             return Err(Reply::error("Unknown command to watch"));
         };
-        let name = self.current()?.name().to_owned();
-        let mut ran = self.server.ran.subscribe();
-        let seen = async {
-            loop {
-                match ran.recv().await {
-                    Ok(ran)
-                        if ran.client != self.client
-                            && ran.namespace == name
-                            && (any || ran.command == *watched) =>
-                    {
-                        return ran.command;
-                    }
-                    Ok(_) | Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
-                    // The server holds a sender; it ends with the server.
-                    Err(_) => std::future::pending::<()>().await,
-                }
-            }
+        let ms = match ms {
+            None => WAIT_DEFAULT_MS,
+            Some(ms) => std::str::from_utf8(ms)
+                .ok()
+                .and_then(|text| text.parse().ok())
+                .filter(|ms| WAIT_MS.contains(ms))
+                .ok_or_else(|| Reply::error("Invalid timeout"))?,
         };
-        match tokio::time::timeout(Duration::from_millis(ms), seen).await {
-            Ok(command) => Ok(Reply::Simple(command.to_owned())),
-            Err(_) => Err(Reply::error("Timeout")),
+        let name = self.current()?.name();
+        let wanted = |ran: &Ran| {
+            ran.client != self.client
+                && ran.namespace == name
+                && (watched == Command::Asterisk || ran.command == watched)
+        };
+        let patience = Duration::from_millis(ms);
+        match self.server.watch.next(patience, wanted).await {
+            Some(command) => Ok(Reply::simple(command.name())),
+            None => Err(Reply::error("Timeout")),
         }
     }
 
     fn auth(&mut self, request: &[Bytes]) -> Result<Reply, Reply> {
+        let disabled = || Reply::error("Authentication disabled");
         match request {
             [_, password] => {
-                let Admin::Password(wanted) = &self.server.config.admin else {
-                    return Err(Reply::error("Authentication disabled"));
-                };
-                if password.len() > 128 {
+                let wanted = self.server.config.admin.password().ok_or_else(disabled)?;
+                if password.is_empty() {
+                    return Err(Reply::error("Invalid argument"));
+                }
+                if password.len() > ADMIN_PASSWORD_BYTES_MAX {
                     return Err(Reply::error("Password too long"));
                 }
                 if !same(password, wanted.expose().as_bytes()) {
                     return Err(Reply::error("Access denied"));
                 }
             }
-            [_, method, challenge]
-                if method.eq_ignore_ascii_case(b"SECURE")
-                    && challenge.eq_ignore_ascii_case(b"CHALLENGE") =>
-            {
-                let nonce = crate::hex::encode(&rand::random::<[u8; 8]>());
-                self.nonce = Some(nonce.clone());
-                return Ok(Reply::Simple(nonce));
+            [_, method, word] if method.is_empty() || word.is_empty() => {
+                return Err(Reply::error("Invalid argument"));
             }
-            [_, method, hash] if method.eq_ignore_ascii_case(b"SECURE") => {
-                let Admin::Password(wanted) = self.server.config.admin.clone() else {
-                    return Err(Reply::error("Authentication disabled"));
-                };
-                self.secure(hash, &wanted)?;
+            [_, method, word] if method.eq_ignore_ascii_case(b"SECURE") => {
+                if word.eq_ignore_ascii_case(b"CHALLENGE") {
+                    let nonce = crate::hex::encode(&rand::random::<[u8; 8]>());
+                    self.nonce = Some(nonce.clone());
+                    return Ok(Reply::simple(nonce));
+                }
+                let wanted = self.server.config.admin.password().cloned();
+                self.prove(word, &wanted.ok_or_else(disabled)?)?;
             }
             [_, _, _] => return Err(Reply::error("Only SECURE extra method supported")),
             _ => return Err(Reply::error("Unexpected arguments")),
@@ -429,14 +257,14 @@ impl Session {
         Ok(Reply::ok())
     }
 
-    /// Compare with sha1 of nonce and password; the nonce is used up.
-    fn secure(&mut self, hash: &[u8], wanted: &Password) -> Result<(), Reply> {
+    /// Compare with sha1 of nonce and password; the nonce is used up, whatever comes of it.
+    fn prove(&mut self, proof: &[u8], wanted: &Password) -> Result<(), Reply> {
         if self.nonce.is_none() {
             return Err(Reply::error(
                 "No CHALLENGE requested, secure authentication not available",
             ));
         }
-        if hash.len() != 40 {
+        if proof.len() != PROOF_BYTES {
             return Err(Reply::error("Invalid hash length"));
         }
         let nonce = self.nonce.take().unwrap_or_default();
@@ -445,7 +273,7 @@ impl Session {
         hasher.update(b":");
         hasher.update(wanted.expose().as_bytes());
         let expected = crate::hex::encode(&hasher.finalize());
-        if same(hash, expected.as_bytes()) {
+        if same(proof, expected.as_bytes()) {
             Ok(())
         } else {
             Err(Reply::error("Access denied"))
@@ -453,25 +281,23 @@ impl Session {
     }
 
     fn select(&mut self, request: &[Bytes]) -> Result<Reply, Reply> {
-        let (name, secrets) = match request {
-            [_, name, secrets @ ..] if !name.is_empty() => (name, secrets),
-            _ => return Err(Reply::error("Invalid argument")),
+        let [_, name, secrets @ ..] = request else {
+            return Err(Reply::error("Invalid argument"));
         };
-        let found = std::str::from_utf8(name)
-            .ok()
-            .and_then(|name| self.server.engine.namespace(name));
-        let namespace = found.ok_or_else(|| Reply::error("Namespace not found"))?;
+        let namespace = manage::named(self, name)?;
         let settings = namespace.settings();
         let mut writable = true;
-        if let Some(password) = &settings.password {
+        if let Some(password) = self.password_of(namespace.name(), settings.password) {
             match secrets {
                 [] if settings.public => writable = false,
                 [] => return Err(Reply::error("Namespace protected and private")),
-                [secret] if secret.len() > 255 => return Err(Reply::error("Password too long")),
-                [secret] if same(secret, password.as_bytes()) => {}
+                [secret] if secret.len() > NAMESPACE_PASSWORD_BYTES_MAX => {
+                    return Err(Reply::error("Password too long"));
+                }
+                [secret] if same(secret, password.expose().as_bytes()) => {}
                 [_] => return Err(Reply::error("Access denied")),
-                [method, hash] if method.eq_ignore_ascii_case(b"SECURE") => {
-                    self.secure(hash, &Password::new(password.clone()))?;
+                [method, proof] if method.eq_ignore_ascii_case(b"SECURE") => {
+                    self.prove(proof, &password)?;
                 }
                 [_, _] => return Err(Reply::error("Only SECURE extra method supported")),
                 _ => return Err(Reply::error("Too many arguments")),
@@ -481,56 +307,17 @@ impl Session {
         self.namespace = Some(namespace);
         Ok(Reply::ok())
     }
-}
 
-fn value_reply(value: Result<Option<Bytes>, EngineError>) -> Result<Reply, Reply> {
-    match value {
-        Ok(Some(value)) => Ok(Reply::Bulk(value)),
-        Ok(None) => Ok(Reply::Nil),
-        Err(error) => Err(engine_error(&error)),
+    /// What SELECT asks for. The default namespace of a protected server has the admin's password.
+    pub(super) fn password_of(&self, name: &str, own: Option<String>) -> Option<Password> {
+        if self.server.config.protect && name == DEFAULT_NAMESPACE {
+            return self.server.config.admin.password().cloned();
+        }
+        own.map(Password::new)
     }
 }
 
 /// In time that does not tell how much agrees.
 fn same(given: &[u8], wanted: &[u8]) -> bool {
     blake3::hash(given) == blake3::hash(wanted)
-}
-
-fn key_argument(key: &Bytes) -> Result<&Bytes, Reply> {
-    match key.len() {
-        0 => Err(Reply::error("Invalid argument")),
-        1..=KEY_BYTES_MAX => Ok(key),
-        _ => Err(Reply::error("Invalid key")),
-    }
-}
-
-fn only_key(request: &[Bytes]) -> Result<&Bytes, Reply> {
-    match request {
-        [_, key] => key_argument(key),
-        _ => Err(Reply::error("Unexpected arguments")),
-    }
-}
-
-/// Opaque to clients, 17 bytes as in 0-db: a position in scan order, and what shows that it is one of ours.
-fn encode_cursor(position: u64) -> Bytes {
-    let mut bytes = BytesMut::with_capacity(CURSOR_BYTES);
-    bytes.extend_from_slice(&[8]);
-    bytes.extend_from_slice(&position.to_le_bytes());
-    bytes.extend_from_slice(&blake3::hash(&position.to_le_bytes()).as_bytes()[..8]);
-    bytes.freeze()
-}
-
-fn decode_cursor(cursor: &[u8]) -> Option<u64> {
-    let position = u64::from_le_bytes(cursor.get(1..9)?.try_into().ok()?);
-    (encode_cursor(position)[..] == *cursor).then_some(position)
-}
-
-fn time() -> Reply {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    Reply::Array(vec![
-        Reply::bulk(now.as_secs().to_string()),
-        Reply::bulk(now.subsec_micros().to_string()),
-    ])
 }
