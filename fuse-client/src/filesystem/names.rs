@@ -115,7 +115,8 @@ impl FileSystem {
             opened = Some(ino);
         });
         if let (Err(_), Some(ino)) = (&made, opened) {
-            self.handles.close(ino);
+            // The number may be that of another thread's file by now, and this the last close of it.
+            self.release(ino, caller.now)?;
         }
         made
     }

@@ -215,6 +215,8 @@ fn limits_and_odd_arguments_are_refused() {
     );
 }
 
+/// Found here: a create that was refused closed the handle of the number it did not get, which another thread's file had got, and so the
+/// last close of that file removed nothing.
 #[test]
 fn what_many_threads_did_at_once_replays_to_the_same_rows() {
     let (fs, store, dir) = fresh(100_000);
