@@ -240,7 +240,19 @@ impl FileSystem {
     fn reap(&self, ino: Ino, now: Time) -> Result<(), FsError> {
         // Asked between operations: the unlink that made the last close reap may still be on its way into the rows.
         while self.namespace.still(|| self.namespace.is_orphan(ino))? {
-            self.execute(now, |_| Ok(Action::Reap { ino }))?;
+            let mut opened_again = false;
+            let step = self.execute(now, |_| {
+                // Whoever looked it up before it lost its name may have opened it since: then that close reaps.
+                opened_again = !self.handles.orphan(ino);
+                if opened_again {
+                    return Err(FsError::NotFound);
+                }
+                Ok(Action::Reap { ino })
+            });
+            if opened_again {
+                return Ok(());
+            }
+            step?;
         }
         Ok(())
     }
