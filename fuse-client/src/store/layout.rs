@@ -8,7 +8,8 @@
 //! STATE/synced                       how far the journal is durable ([`super::synced_point`])
 //! STATE/names/                       the namespace store
 //! STATE/datafiles/{id:016x}.{data|meta}.{open|sealed|pushed}   (+ `.crc` of data files, written at seal)
-//! STATE/aside/{epoch}/               what a fenced or outrun writer had not pushed
+//! STATE/spool/                       objects on their way to the backends, unlinked as soon as they are made
+//! STATE/aside/epoch-{epoch}/         what a fenced or outrun writer had not pushed
 //! ```
 //!
 //! The suffix is the lifecycle: the push queue is derived from it at every start, so it survives a restart.
@@ -136,7 +137,7 @@ impl StateDir {
         self.root.join("datafiles")
     }
 
-    /// Spools of pushes in progress; emptied at start.
+    /// Spools of pushes in progress; a file in it is unlinked as soon as it is made.
     pub fn spool(&self) -> PathBuf {
         self.root.join("spool")
     }
