@@ -79,7 +79,17 @@ impl Session {
             let report = self.observer.client_report();
             lease::tell(self.context.cluster.as_ref(), lease, report).await;
         }
-        self.until_policy_holds(pusher, deadline, allow_degraded)
+        let waits = |datafiles: usize| {
+            progress(Progress {
+                done_bytes: total_bytes,
+                total_bytes,
+                datafiles_waiting: 0,
+                blocked: format!(
+                    "{datafiles} datafiles are below policy until they are re-silvered"
+                ),
+            });
+        };
+        self.until_policy_holds(pusher, deadline, allow_degraded, &waits)
             .await
     }
 
@@ -89,6 +99,7 @@ impl Session {
         pusher: &Pusher,
         deadline: Instant,
         allow_degraded: bool,
+        waits: &(dyn Fn(usize) + Send + Sync),
     ) -> Result<Synced, SyncError> {
         loop {
             let status = pusher.status();
@@ -116,6 +127,7 @@ impl Session {
                     missing,
                 });
             }
+            waits(below.len());
             tokio::time::sleep(POLICY_LOOK_EVERY).await;
         }
     }
