@@ -9,6 +9,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Between two questions.
 const ASK_EVERY: Duration = Duration::from_secs(5);
+/// The same while only one node is known: with it gone, nobody would be left to ask.
+const ASK_EVERY_ALONE: Duration = Duration::from_millis(500);
 
 /// Keeps the endpoints of the configuration true.
 pub(crate) struct MembersWatch {
@@ -37,7 +39,8 @@ impl MembersWatch {
                 endpoints.sort_unstable();
                 self.remember(endpoints);
             }
-            tokio::time::sleep(ASK_EVERY).await;
+            let alone = self.config.metad.len() < 2;
+            tokio::time::sleep(if alone { ASK_EVERY_ALONE } else { ASK_EVERY }).await;
         }
     }
 

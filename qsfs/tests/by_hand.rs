@@ -493,6 +493,14 @@ fn garbage(cluster: &Cluster) {
 /// Agents that joined when there was one metad knew only that one, and were taken for dead when it died.
 fn first_metad_dies(cluster: &mut Cluster) {
     cluster.run(&["metad", "members"]).ok();
+    wait_for("the agents to know all metads", || {
+        let known = ["a1", "a2"].map(|name| {
+            let path = Path::new(&cluster.path(name)).join("agent.toml");
+            fs::read_to_string(path).unwrap_or_default()
+        });
+        let all = |text: &String| cluster.metads.iter().all(|metad| text.contains(metad));
+        holds(known.iter().all(all), "one is not known")
+    });
     let sessions = |cluster: &Cluster, name: &str| {
         let log = cluster.daemons.log(name);
         log.matches("session with metad begins").count()
