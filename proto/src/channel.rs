@@ -1,17 +1,14 @@
-//! One gRPC channel to one metad node, over our own TLS.
+//! One gRPC channel to one metad node.
 
+use crate::dial::{Dial, TlsDial};
 use crate::server::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT};
-use crate::tls::METAD_SERVER_NAME;
 use crate::wire::{PROTOCOL_KEY, PROTOCOL_VERSION};
 use hyper_util::rt::TokioIo;
 use rustls::ClientConfig;
-use rustls_pki_types::ServerName;
 use std::error::Error;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 use tonic::metadata::MetadataValue;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -41,7 +38,7 @@ pub(crate) fn endpoint_of(address: &str) -> Result<Endpoint, String> {
     if !has_port {
         return Err(format!("{address:?} is not host:port"));
     }
-    // The scheme is for tonic only: TLS is the connector's.
+    // The scheme is for tonic only: TLS is the dialler's.
     Endpoint::from_shared(format!("http://{address}"))
         .map_err(|error| format!("{address:?} is not host:port: {error}"))
 }
@@ -52,19 +49,23 @@ pub(crate) async fn connect(
     config: Arc<ClientConfig>,
     deadline: Duration,
 ) -> Result<Channel, String> {
+    connect_over(address, TlsDial::new(config), deadline).await
+}
+
+/// The same over whatever `dial` opens.
+pub(crate) async fn connect_over(
+    address: &str,
+    dial: Arc<dyn Dial>,
+    deadline: Duration,
+) -> Result<Channel, String> {
     let endpoint = endpoint_of(address)?
         .http2_keep_alive_interval(KEEPALIVE_INTERVAL)
         .keep_alive_timeout(KEEPALIVE_TIMEOUT)
         .keep_alive_while_idle(true);
     let target = address.to_owned();
     let connector = tower::service_fn(move |_: Uri| {
-        let (target, tls) = (target.clone(), TlsConnector::from(config.clone()));
-        async move {
-            let stream = TcpStream::connect(&target).await?;
-            stream.set_nodelay(true)?;
-            let name = ServerName::try_from(METAD_SERVER_NAME).map_err(io::Error::other)?;
-            Ok::<_, io::Error>(TokioIo::new(tls.connect(name, stream).await?))
-        }
+        let (target, dial) = (target.clone(), dial.clone());
+        async move { Ok::<_, io::Error>(TokioIo::new(dial.dial(&target).await?)) }
     });
     match tokio::time::timeout(deadline, endpoint.connect_with_connector(connector)).await {
         Ok(Ok(channel)) => Ok(channel),

@@ -12,15 +12,15 @@ use crate::api::{
     MetadError, Mutation, PlacementAnswer, TokenInfo, Volume,
 };
 use crate::channel::endpoint_of;
+use crate::dial::{Dial, TlsDial};
 use crate::identity::Identity;
 use crate::server::{Consistency, RequestId};
 use crate::status::Status;
-use crate::tls::grpc_client_config;
 use crate::verb::{Answer, Query};
 use crate::wire::{Wire, WireError, pb};
 use attempt::{Kind, Nodes};
 use qsfs_zstor::id::{
-    AgentId, BackendId, ClientId, DatafileId, MetadId, Stream, VolumeId, VolumeName,
+    AgentId, BackendId, ClientId, ClusterId, DatafileId, MetadId, Stream, VolumeId, VolumeName,
 };
 use qsfs_zstor::record::EncodingRecord;
 use std::collections::BTreeSet;
@@ -160,16 +160,27 @@ impl MetadClient {
         client: ClientId,
         timing: Timing,
     ) -> Result<Self, MetadError> {
+        let dial =
+            TlsDial::of(identity).map_err(|error| MetadError::Unreachable(error.to_string()))?;
+        Self::over(endpoints, dial, identity.cluster(), client, timing)
+    }
+
+    /// [`Self::with_timing`] over whatever `dial` opens.
+    pub fn over(
+        endpoints: Vec<String>,
+        dial: Arc<dyn Dial>,
+        cluster: ClusterId,
+        client: ClientId,
+        timing: Timing,
+    ) -> Result<Self, MetadError> {
         if endpoints.is_empty() {
             return Err(MetadError::Invalid("no metad endpoints are given".into()));
         }
         for endpoint in &endpoints {
             endpoint_of(endpoint).map_err(MetadError::Invalid)?;
         }
-        let config = grpc_client_config(identity)
-            .map_err(|error| MetadError::Unreachable(error.to_string()))?;
         let shared = Shared {
-            nodes: Nodes::new(endpoints, config, identity.cluster(), timing),
+            nodes: Nodes::new(endpoints, dial, cluster, timing),
             client,
             session: rand::random(),
             applied: AtomicU64::new(0),

@@ -7,6 +7,7 @@
 //! - [`api`]: the verbs and nouns as domain types; [`status`]: the status contract
 //! - [`identity`], [`ca`], [`token`], [`tls`]: who a process is, how it came to be, and how it proves it
 //! - [`context`]: `cluster.toml`, where the cluster is and who we are
+//! - [`dial`]: how a connection comes to be, which a simulation replaces
 //! - [`client`]: finds the leader, retries exactly once, ends at its deadline; [`join`]: the first contact
 //! - [`server`]: TLS, limits and the role table around a [`server::MetadService`]; [`raft`]: the peers' channel
 //!
@@ -16,6 +17,7 @@ pub mod api;
 pub mod ca;
 pub mod client;
 pub mod context;
+pub mod dial;
 pub mod identity;
 pub mod join;
 pub mod raft;

@@ -1,15 +1,15 @@
 //! The channel between metad nodes: opaque payloads of the Raft library, one call at a time or many at once.
 
-use crate::channel::{Versioned, connect, describe, versioned};
+use crate::channel::{Versioned, connect_over, describe, versioned};
+use crate::dial::{Dial, TlsDial};
 use crate::identity::Identity;
-use crate::tls::{TlsError, grpc_client_config};
+use crate::tls::TlsError;
 use crate::wire::pb::RaftMessage;
 use crate::wire::pb::raft_client::RaftClient;
 use crate::wire::pb::raft_reply::Kind;
 use crate::wire::{Wire, error_of};
 use bytes::Bytes;
 use qsfs_zstor::id::MetadId;
-use rustls::ClientConfig;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::timeout;
@@ -71,7 +71,7 @@ pub enum RaftCallError {
 pub struct RaftPeer {
     target: MetadId,
     address: String,
-    config: Arc<ClientConfig>,
+    dial: Arc<dyn Dial>,
     open: Arc<Mutex<Option<Stub>>>,
 }
 
@@ -80,12 +80,17 @@ type Stub = RaftClient<Versioned>;
 impl RaftPeer {
     /// `target` is checked at the other end: a peer that moved to another address is not mistaken for it.
     pub fn new(target: MetadId, address: &str, identity: &Identity) -> Result<Self, TlsError> {
-        Ok(Self {
+        Ok(Self::over(target, address, TlsDial::of(identity)?))
+    }
+
+    /// [`Self::new`] over whatever `dial` opens.
+    pub fn over(target: MetadId, address: &str, dial: Arc<dyn Dial>) -> Self {
+        Self {
             target,
             address: address.to_owned(),
-            config: grpc_client_config(identity)?,
+            dial,
             open: Arc::default(),
-        })
+        }
     }
 
     /// Sends and waits for the reply, at most `deadline`.
@@ -155,7 +160,7 @@ impl RaftPeer {
         if let Some(stub) = self.lock().as_ref() {
             return Ok(stub.clone());
         }
-        let channel = connect(&self.address, self.config.clone(), deadline).await?;
+        let channel = connect_over(&self.address, self.dial.clone(), deadline).await?;
         let stub = RaftClient::new(versioned(channel))
             .max_decoding_message_size(RAFT_FRAME_BYTES_MAX)
             .max_encoding_message_size(RAFT_FRAME_BYTES_MAX);

@@ -7,13 +7,14 @@ mod accept;
 mod grpc;
 mod roles;
 
-use accept::incoming;
+use accept::{Connection, incoming, known};
 use grpc::{Grpc, check_member, check_metad, check_version};
 
 use crate::api::{
     Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, JoinGrant,
     JoinRequest, Member, MetadError, Mutation, PlacementAnswer, TokenInfo, Volume,
 };
+use crate::dial::ByteStream;
 use crate::identity::{Identity, PeerIdentity};
 use crate::raft::{RAFT_FRAME_BYTES_MAX, RaftRpc};
 use crate::status::Status;
@@ -23,10 +24,12 @@ use crate::wire::pb::metad_server::MetadServer;
 use crate::wire::pb::raft_server::RaftServer;
 use async_trait::async_trait;
 use bytes::Bytes;
+use futures::StreamExt;
 use qsfs_zstor::id::{
     AgentId, BackendId, ClientId, DatafileId, MetadId, Stream, VolumeId, VolumeName,
 };
 use qsfs_zstor::record::EncodingRecord;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -241,11 +244,37 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> Result<(), ServeError> {
     let config = tls::grpc_server_config(identity, ClientAuth::Optional)?;
+    let kill = CancellationToken::new();
+    // However this future ends, its connections do too.
+    let _kill_at_end = kill.clone().drop_guard();
     let grpc = Arc::new(Grpc {
         own: identity.peer().clone(),
         service,
         raft,
     });
+    serve_connections(incoming(listener, config, kill), grpc, shutdown).await
+}
+
+/// [`serve`] on connections whose other ends are known already: for simulations, which have no TLS.
+pub async fn serve_known(
+    connections: impl futures::Stream<Item = (Box<dyn ByteStream>, Option<PeerIdentity>)> + Send + Unpin,
+    own: PeerIdentity,
+    service: Arc<dyn MetadService>,
+    raft: Arc<dyn RaftTransport>,
+    shutdown: CancellationToken,
+) -> Result<(), ServeError> {
+    let kill = CancellationToken::new();
+    let _kill_at_end = kill.clone().drop_guard();
+    let grpc = Arc::new(Grpc { own, service, raft });
+    let incoming = connections.map(move |(stream, peer)| Ok(known(stream, peer, &kill)));
+    serve_connections(incoming, grpc, shutdown).await
+}
+
+async fn serve_connections(
+    incoming: impl futures::Stream<Item = io::Result<Connection>> + Send,
+    grpc: Arc<Grpc>,
+    shutdown: CancellationToken,
+) -> Result<(), ServeError> {
     let join = JoinServer::from_arc(grpc.clone()).max_decoding_message_size(JOIN_BYTES_MAX);
     let metad = MetadServer::from_arc(grpc.clone())
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -253,9 +282,6 @@ pub async fn serve(
     let raft = RaftServer::from_arc(grpc)
         .max_decoding_message_size(RAFT_FRAME_BYTES_MAX)
         .max_encoding_message_size(RAFT_FRAME_BYTES_MAX);
-    let kill = CancellationToken::new();
-    // However this future ends, its connections do too.
-    let _kill_at_end = kill.clone().drop_guard();
     let serving = Server::builder()
         .max_concurrent_streams(STREAMS_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
@@ -263,10 +289,7 @@ pub async fn serve(
         .add_service(InterceptedService::new(join, check_version))
         .add_service(InterceptedService::new(metad, check_member))
         .add_service(InterceptedService::new(raft, check_metad))
-        .serve_with_incoming_shutdown(
-            incoming(listener, config, kill.clone()),
-            shutdown.clone().cancelled_owned(),
-        );
+        .serve_with_incoming_shutdown(incoming, shutdown.clone().cancelled_owned());
     tokio::select! {
         ended = serving => Ok(ended?),
         () = async {

@@ -2,14 +2,14 @@
 
 use super::Timing;
 use crate::api::MetadError;
-use crate::channel::{Versioned, connect, describe, versioned};
+use crate::channel::{Versioned, connect_over, describe, versioned};
+use crate::dial::Dial;
 use crate::server::{CallError, MESSAGE_BYTES_MAX};
 use crate::wire::pb::HelloRequest;
 use crate::wire::pb::metad_client::MetadClient as Stub;
 use crate::wire::{Wire, error_of};
 use qsfs_zstor::id::ClusterId;
 use rand::Rng;
-use rustls::ClientConfig;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -30,7 +30,7 @@ pub(super) enum Kind {
 
 /// Connections and what is known of the cluster, shared by all clones.
 pub(super) struct Nodes {
-    config: Arc<ClientConfig>,
+    dial: Arc<dyn Dial>,
     cluster: ClusterId,
     pub(super) timing: Timing,
     state: Mutex<State>,
@@ -90,7 +90,7 @@ impl Trail {
 impl Nodes {
     pub(super) fn new(
         endpoints: Vec<String>,
-        config: Arc<ClientConfig>,
+        dial: Arc<dyn Dial>,
         cluster: ClusterId,
         timing: Timing,
     ) -> Self {
@@ -100,7 +100,7 @@ impl Nodes {
             open: HashMap::new(),
         };
         Self {
-            config,
+            dial,
             cluster,
             timing,
             state: Mutex::new(state),
@@ -220,7 +220,7 @@ impl Nodes {
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = left.min(self.timing.connect);
         let greeted = timeout(limit, async {
-            let channel = connect(address, self.config.clone(), limit)
+            let channel = connect_over(address, self.dial.clone(), limit)
                 .await
                 .map_err(lost)?;
             let mut stub = Stub::new(versioned(channel))

@@ -4,6 +4,7 @@
 //! certificate) have few places and a short life. All end when `kill` fires.
 
 use super::CONNECTIONS_MAX;
+use crate::dial::ByteStream;
 use crate::identity::PeerIdentity;
 use crate::tls;
 use futures::Stream;
@@ -19,7 +20,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
@@ -40,10 +40,24 @@ pub(super) struct ConnectedPeer(pub(super) Option<PeerIdentity>);
 
 /// One served connection. Holds its places until it is dropped.
 pub(super) struct Connection {
-    stream: TlsStream<TcpStream>,
+    stream: Box<dyn ByteStream>,
     peer: ConnectedPeer,
     end: Pin<Box<dyn Future<Output = ()> + Send>>,
-    _places: (OwnedSemaphorePermit, Option<OwnedSemaphorePermit>),
+    _places: Vec<OwnedSemaphorePermit>,
+}
+
+/// A connection whose other end needs no handshake to be known.
+pub(super) fn known(
+    stream: Box<dyn ByteStream>,
+    peer: Option<PeerIdentity>,
+    kill: &CancellationToken,
+) -> Connection {
+    Connection {
+        stream,
+        peer: ConnectedPeer(peer),
+        end: Box::pin(kill.clone().cancelled_owned()),
+        _places: Vec::new(),
+    }
 }
 
 impl Connected for Connection {
@@ -204,10 +218,10 @@ impl Acceptor {
             (Some(place), Box::pin(end))
         };
         Some(Connection {
-            stream,
+            stream: Box::new(stream),
             peer: ConnectedPeer(peer),
             end,
-            _places: (place, stranger_place),
+            _places: std::iter::once(place).chain(stranger_place).collect(),
         })
     }
 }
