@@ -16,11 +16,13 @@
 //! - [`tree`]: builder and comparer of directory trees
 //! - [`history`]: the prefix checker for crashes
 //! - [`process`]: what runs, by pid files
+//! - [`metad`]: histories of metad clients, and the checkers of them
 
 pub mod binary;
 pub mod daemons;
 pub mod dev_cluster;
 pub mod history;
+pub mod metad;
 pub mod process;
 pub mod tree;
 pub mod wait;

@@ -1,0 +1,15 @@
+//! What clients saw of a metad cluster under faults, and whether it may have been so.
+//!
+//! ```text
+//!   clients ──▶ Recorder ──▶ history (JSON lines) ──┐
+//!   the healed cluster ──▶ FinalState ──────────────┼──▶ checkers ──▶ Summary, or Violation with the events that show it
+//!   stopped nodes ──▶ NodeHash ─────────────────────┘
+//! ```
+//!
+//! - [`history`]: events and their files
+//! - [`final_state`]: what is there when all faults are over
+//! - [`checkers`]: one file per property
+
+pub mod checkers;
+pub mod final_state;
+pub mod history;
