@@ -13,6 +13,7 @@ use crate::node::NodeError;
 use crate::state::State;
 use crate::state::kv::MemoryKv;
 use crate::state::row::Table;
+use qsfs_zdb::media::DiskMedia;
 use qsfs_zstor::id::ClusterId;
 use std::fs;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -55,7 +56,7 @@ pub struct BackupFacts {
 pub fn verify(path: &Path) -> Result<BackupFacts, NodeError> {
     let (mut rows, mut records, mut volumes) = (0, 0, 0);
     let mut singles = MemoryKv::default();
-    let meta = snapshot::read_rows(path, |batch| {
+    let meta = snapshot::read_rows(&DiskMedia, path, |batch| {
         let of = |table: Table| {
             let tagged = batch
                 .keys()

@@ -1,5 +1,6 @@
 //! How a metad comes to be: the first of a cluster, or one that joins; and how it is run.
 
+use crate::ground::{SystemClock, WallClock};
 use crate::node::datadir::{DataDir, NodeFile};
 use crate::node::{self, NodeError};
 use crate::options::{
@@ -15,7 +16,7 @@ use qsfs_proto::join::Joiner;
 use qsfs_proto::token::JoinToken;
 use qsfs_zstor::id::{ClusterId, MetadId};
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -73,7 +74,7 @@ pub async fn bootstrap(options: BootstrapOptions) -> Result<Bootstrapped, NodeEr
             .collect(),
     };
     let core = node::start(&dir, &node, &identity).await?;
-    let begun = begin(&core.raft, &node, genesis).await;
+    let begun = begin(&core.raft, genesis, SystemClock.now_ms()).await;
     let stopped = core.raft.shutdown().await;
     stopped.map_err(|error| NodeError::Raft(error.to_string()))?;
     begun?;
@@ -91,22 +92,22 @@ pub async fn bootstrap(options: BootstrapOptions) -> Result<Bootstrapped, NodeEr
 }
 
 /// The first entries of the log, by a Raft of one.
-async fn begin(
+pub(crate) async fn begin(
     raft: &crate::raft::Raft,
-    node: &NodeFile,
     genesis: Genesis,
+    now_ms: u64,
 ) -> Result<(), NodeError> {
     let failed = |error: String| NodeError::Raft(error);
-    let members = BTreeMap::from([(node.id.0, BasicNode::new(node.advertise.clone()))]);
+    let first = genesis.member.id.0;
+    let address = genesis.member.address.clone();
+    let members = BTreeMap::from([(first, BasicNode::new(address))]);
     raft.initialize(members)
         .await
         .map_err(|error| failed(error.to_string()))?;
     raft.wait(Some(FIRST_LEADER_DEADLINE))
-        .current_leader(node.id.0, "the only metad leads")
+        .current_leader(first, "the only metad leads")
         .await
         .map_err(|error| failed(error.to_string()))?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let now_ms = now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(0));
     let entry = Entry::internal(now_ms, Command::Initialize(genesis));
     let written = raft
         .client_write(entry)

@@ -2,7 +2,7 @@
 
 use crate::durable;
 use crate::log::segments;
-use crate::machine::sled_kv::SledKv;
+use crate::machine::sled_kv::{SledKv, SledStores};
 use crate::machine::{MachineError, load_raft_row, snapshot};
 use crate::node::NodeError;
 use crate::node::datadir::DataDir;
@@ -55,14 +55,14 @@ pub fn inspect(data: &Path) -> Result<Vec<Line>, NodeError> {
             .into_owned();
         lines.push((format!("segment {name}"), found));
     }
-    for path in snapshot::finished(data)? {
+    for path in snapshot::finished(&DiskMedia, data)? {
         let name = path
             .file_name()
             .unwrap_or_default()
             .to_string_lossy()
             .into_owned();
         let mut rows = 0;
-        let read = snapshot::read_rows(&path, |batch| {
+        let read = snapshot::read_rows(&DiskMedia, &path, |batch| {
             rows += batch.len();
             Ok(())
         });
@@ -99,7 +99,7 @@ fn state(data: &Path) -> Result<String, MachineError> {
         return Ok("none".into());
     }
     let generation: u64 = durable::load(&DiskMedia, &dir.join("current"))?.unwrap_or(0);
-    let kv = SledKv::open_verified(&dir, generation)?;
+    let kv = SledKv::open_verified(&SledStores, &dir, generation)?;
     let raft = load_raft_row(&kv)?;
     let state = State::new(&kv);
     let voters: Vec<_> = raft.membership.membership().voter_ids().collect();

@@ -9,11 +9,13 @@
 //! - [`state`]: replicated state and `apply`, pure
 //! - [`plan`]: verdicts, rebuilds, deletions, pure
 //! - [`log`], [`machine`]: what Raft keeps on disk
+//! - [`ground`]: what a node stands on, which a simulation replaces
 //! - [`node`]: the shell; [`bootstrap`], [`join`] and [`serve`] are its doors
 //! - [`mod@backup`], [`restore`], [`recover`], [`mod@inspect`]: before and after a disaster
 
 pub mod backup;
 pub mod durable;
+pub mod ground;
 pub mod inspect;
 pub mod log;
 pub mod machine;

@@ -18,14 +18,14 @@ pub mod snapshot;
 mod tests;
 
 use crate::durable::{self, DurableError};
+use crate::ground::Ground;
 use crate::raft::{LogEntry, LogId, Response, StoredMembership};
 use crate::state::command::MemberRow;
 use crate::state::kv::{Batch, Kv, KvError};
-use crate::state::{State, Touched, apply};
+use crate::state::{State, Touched};
 use dump::Dump;
 use openraft::{EntryPayload, RaftLogId};
 use parking_lot::{Mutex, RwLock};
-use qsfs_zdb::media::{DiskMedia, Media};
 use qsfs_zstor::id::MetadId;
 use serde::{Deserialize, Serialize};
 use sled_kv::SledKv;
@@ -93,6 +93,7 @@ pub struct Machine {
 }
 
 struct Shared {
+    ground: Ground,
     dir: PathBuf,
     /// Readers see whole batches only: apply commits under the write lock.
     current: RwLock<Current>,
@@ -114,24 +115,27 @@ impl Machine {
     /// Opens or creates the state under a directory. A state that does not open is said, set aside, and rebuilt from the newest
     /// snapshot; the log then brings it up to date.
     pub fn open(dir: &Path) -> Result<Self, MachineError> {
-        let state = dir.join("state");
-        for path in [&state, &dir.join("snapshot")] {
-            std::fs::create_dir_all(path).map_err(MachineError::io("create", path))?;
-        }
-        snapshot::remove_unfinished(dir)?;
-        let generation: u64 = durable::load(&DiskMedia, &state.join("current"))?.unwrap_or(0);
-        let opened = open_generation(&state, generation);
+        Self::open_on(&Ground::real(), dir)
+    }
+
+    /// The same on other ground.
+    pub fn open_on(ground: &Ground, dir: &Path) -> Result<Self, MachineError> {
+        let state = make_dirs(ground, dir)?;
+        snapshot::remove_unfinished(&*ground.media, dir)?;
+        let generation: u64 = durable::load(&*ground.media, &state.join("current"))?.unwrap_or(0);
+        let opened = open_generation(ground, &state, generation);
         let current = match opened {
             Ok(current) => current,
             Err(error) => {
                 tracing::error!(%error, "the state does not open; rebuilding it from the newest snapshot");
-                rebuild(dir, generation)?
+                rebuild(ground, dir, generation)?
             }
         };
-        remove_other_generations(&state, &current.kv)?;
+        remove_other_generations(ground, &state, &current.kv)?;
         let applied = current.raft.applied.map_or(0, |id| id.index);
         Ok(Self {
             shared: Arc::new(Shared {
+                ground: ground.clone(),
                 dir: dir.to_owned(),
                 current: RwLock::new(current),
                 dump: Mutex::new(None),
@@ -149,11 +153,9 @@ impl Machine {
         backup: &Path,
         member: impl FnOnce(MetadId) -> MemberRow,
     ) -> Result<Self, MachineError> {
-        let state = dir.join("state");
-        for path in [&state, &dir.join("snapshot")] {
-            std::fs::create_dir_all(path).map_err(MachineError::io("create", path))?;
-        }
-        let kv = load_generation(&state, 0, backup)?;
+        let ground = Ground::real();
+        let state = make_dirs(&ground, dir)?;
+        let kv = load_generation(&ground, &state, 0, backup)?;
         let mut changes = State::new(&kv);
         changes.begin_again(member)?;
         let (mut batch, _) = changes.into_changes();
@@ -167,9 +169,10 @@ impl Machine {
 
     /// Rebuilds the state from the newest snapshot, if there is one at or after `purged`: the log can do the rest.
     pub fn catch_up_from_snapshot(&self, purged: LogId) -> Result<(), MachineError> {
-        let newest = snapshot::newest(&self.shared.dir)?;
+        let media = &*self.shared.ground.media;
+        let newest = snapshot::newest(media, &self.shared.dir)?;
         match newest {
-            Some(path) if snapshot::read_meta(&path)?.last_log_id >= Some(purged) => {
+            Some(path) if snapshot::read_meta(media, &path)?.last_log_id >= Some(purged) => {
                 self.load(&path)
             }
             _ => Err(MachineError::Snapshot {
@@ -185,6 +188,11 @@ impl Machine {
     pub fn read<T>(&self, read: impl FnOnce(&State<&SledKv>) -> T) -> T {
         let current = self.shared.current.read();
         read(&State::new(&current.kv))
+    }
+
+    /// What it stands on.
+    pub(crate) fn ground(&self) -> &Ground {
+        &self.shared.ground
     }
 
     /// What Raft knows of the state.
@@ -213,6 +221,7 @@ impl Machine {
     /// Applies entries and commits them with the id of the last. Says as well whether [`Self::relieve`] is due.
     pub fn apply(&self, entries: Vec<LogEntry>) -> Result<(Vec<Response>, bool), MachineError> {
         // Only this function writes, and openraft calls it from one task: reading before the write lock is safe.
+        let applier = &*self.shared.ground.applier;
         let (batch, touched, raft, responses) = {
             let current = self.shared.current.read();
             let mut state = State::new(&current.kv);
@@ -223,7 +232,9 @@ impl Machine {
                 raft.applied = Some(id);
                 responses.push(match entry.payload {
                     EntryPayload::Blank => Response(None),
-                    EntryPayload::Normal(proposal) => Response(Some(apply(&mut state, &proposal)?)),
+                    EntryPayload::Normal(proposal) => {
+                        Response(Some(applier.apply(&id, &mut state, &proposal)?))
+                    }
                     EntryPayload::Membership(membership) => {
                         raft.membership = StoredMembership::new(Some(id), membership);
                         Response(None)
@@ -273,7 +284,8 @@ impl Machine {
     fn load(&self, path: &Path) -> Result<(), MachineError> {
         let state = self.shared.dir.join("state");
         let generation = self.shared.current.read().kv.generation() + 1;
-        let kv = load_generation(&state, generation, path)?;
+        let ground = &self.shared.ground;
+        let kv = load_generation(ground, &state, generation, path)?;
         let raft = load_raft_row(&kv)?;
         let applied = raft.applied.map_or(0, |id| id.index);
         let old = {
@@ -283,7 +295,7 @@ impl Machine {
             std::mem::replace(&mut *current, Current { kv, raft })
         };
         drop(old);
-        remove_other_generations(&state, &self.shared.current.read().kv)?;
+        remove_other_generations(ground, &state, &self.shared.current.read().kv)?;
         self.shared.changed.send_replace(applied);
         Ok(())
     }
@@ -295,42 +307,69 @@ pub(crate) fn load_raft_row(kv: &SledKv) -> Result<RaftRow, KvError> {
     Ok(row.transpose()?.unwrap_or_default())
 }
 
-fn open_generation(state: &Path, generation: u64) -> Result<Current, MachineError> {
-    let kv = SledKv::open_verified(state, generation)?;
+/// Answers with the directory of the state.
+fn make_dirs(ground: &Ground, dir: &Path) -> Result<PathBuf, MachineError> {
+    let state = dir.join("state");
+    for path in [&state, &dir.join("snapshot")] {
+        let made = ground.media.create_dir_all(path);
+        made.map_err(MachineError::io("create", path))?;
+    }
+    Ok(state)
+}
+
+fn open_generation(
+    ground: &Ground,
+    state: &Path,
+    generation: u64,
+) -> Result<Current, MachineError> {
+    let kv = SledKv::open_verified(&*ground.stores, state, generation)?;
     let raft = load_raft_row(&kv)?;
     Ok(Current { kv, raft })
 }
 
 /// Fills a new directory from a snapshot, makes it durable, and makes it the current one.
-fn load_generation(state: &Path, generation: u64, path: &Path) -> Result<SledKv, MachineError> {
+fn load_generation(
+    ground: &Ground,
+    state: &Path,
+    generation: u64,
+    path: &Path,
+) -> Result<SledKv, MachineError> {
     let dir = SledKv::dir(state, generation);
-    if dir.exists() {
-        std::fs::remove_dir_all(&dir).map_err(MachineError::io("remove", &dir))?;
+    let stores = &*ground.stores;
+    if stores.exists(&dir) {
+        stores
+            .remove(&dir)
+            .map_err(MachineError::io("remove", &dir))?;
     }
-    let kv = SledKv::open(state, generation)?;
-    snapshot::read_rows(path, |batch| match kv.commit(batch) {
+    let kv = SledKv::open(stores, state, generation)?;
+    snapshot::read_rows(&*ground.media, path, |batch| match kv.commit(batch) {
         true => kv.relieve(),
         false => Ok(()),
     })?;
     kv.flush()?;
-    durable::store(&DiskMedia, &state.join("current"), &generation)?;
+    durable::store(&*ground.media, &state.join("current"), &generation)?;
     Ok(kv)
 }
 
-fn rebuild(dir: &Path, generation: u64) -> Result<Current, MachineError> {
+fn rebuild(ground: &Ground, dir: &Path, generation: u64) -> Result<Current, MachineError> {
     let state = dir.join("state");
     let aside = state.join(format!("damaged-{generation:08x}"));
     let damaged = SledKv::dir(&state, generation);
-    if aside.exists() {
-        std::fs::remove_dir_all(&aside).map_err(MachineError::io("remove", &aside))?;
+    let stores = &*ground.stores;
+    if stores.exists(&aside) {
+        stores
+            .remove(&aside)
+            .map_err(MachineError::io("remove", &aside))?;
     }
-    std::fs::rename(&damaged, &aside).map_err(MachineError::io("set aside", &damaged))?;
+    stores
+        .rename(&damaged, &aside)
+        .map_err(MachineError::io("set aside", &damaged))?;
     let next = generation + 1;
-    let kv = match snapshot::newest(dir)? {
-        Some(path) => load_generation(&state, next, &path)?,
+    let kv = match snapshot::newest(&*ground.media, dir)? {
+        Some(path) => load_generation(ground, &state, next, &path)?,
         None => {
-            let kv = SledKv::open(&state, next)?;
-            durable::store(&DiskMedia, &state.join("current"), &next)?;
+            let kv = SledKv::open(stores, &state, next)?;
+            durable::store(&*ground.media, &state.join("current"), &next)?;
             kv
         }
     };
@@ -338,15 +377,23 @@ fn rebuild(dir: &Path, generation: u64) -> Result<Current, MachineError> {
     Ok(Current { kv, raft })
 }
 
-fn remove_other_generations(state: &Path, kv: &SledKv) -> Result<(), MachineError> {
-    let names = DiskMedia
+fn remove_other_generations(
+    ground: &Ground,
+    state: &Path,
+    kv: &SledKv,
+) -> Result<(), MachineError> {
+    let names = ground
+        .stores
         .list(state)
         .map_err(MachineError::io("list", state))?;
     for name in names {
         let path = state.join(&name);
         let generation = u64::from_str_radix(&name, 16);
         if name.len() == 8 && generation.is_ok_and(|found| found != kv.generation()) {
-            std::fs::remove_dir_all(&path).map_err(MachineError::io("remove", &path))?;
+            ground
+                .stores
+                .remove(&path)
+                .map_err(MachineError::io("remove", &path))?;
         }
     }
     Ok(())

@@ -9,6 +9,7 @@
 
 pub mod admission;
 pub mod agents;
+pub mod bare;
 pub mod consensus;
 pub mod datadir;
 pub mod leader;
@@ -19,26 +20,27 @@ pub mod service;
 pub mod soft;
 pub mod status;
 
+use crate::ground::{self, Ground, Sizes};
 use crate::log::LogError;
 use crate::log::storage::LogStore;
 use crate::machine::{Machine, MachineError};
 use crate::raft::{LogId, Raft};
 use consensus::Consensus;
 use datadir::{DataDir, NodeFile};
-use network::{Inbound, Network};
+use network::{Inbound, Network, Way};
 use openraft::{Config, SnapshotPolicy};
 use qsfs_proto::api::MetadError;
 use qsfs_proto::ca::{CaError, CertificateAuthority};
 use qsfs_proto::identity::{Identity, IdentityError};
 use qsfs_proto::server::ServeError;
 use qsfs_proto::token::TokenError;
-use qsfs_zdb::media::DiskMedia;
-use qsfs_zstor::id::{ClusterId, NodeName};
+use qsfs_zstor::id::{ClusterId, MetadId, NodeName};
 use service::Service;
 use soft::Soft;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 /// Between heartbeats of the leader, and the deadline of one message to a follower.
@@ -46,14 +48,10 @@ const HEARTBEAT_MS: u64 = 150;
 /// A follower asks for votes after silence of the second (openraft's lease of a leader) and a time between the two, drawn at
 /// its start: 750 to 900 ms, five missed heartbeats at least, so that a dead leader is replaced within about a second.
 const ELECTION_MS: (u64, u64) = (300, 450);
-/// Entries after which a snapshot is taken.
-const SNAPSHOT_ENTRIES: u64 = 20_000;
 /// Log bytes after which a snapshot is taken: entries that carry many proposals are large.
 const SNAPSHOT_BYTES: u64 = 64 << 20;
 /// Between two looks at them.
 const SNAPSHOT_LOOK: std::time::Duration = std::time::Duration::from_secs(1);
-/// Entries kept behind a snapshot for followers that are a little late.
-const KEPT_ENTRIES: u64 = 2_000;
 
 /// Why a metad node could not be made, joined or run.
 #[derive(Debug, thiserror::Error)]
@@ -172,7 +170,7 @@ pub(crate) struct Core {
     pub(crate) log: LogStore,
 }
 
-fn raft_config() -> Arc<Config> {
+fn raft_config(sizes: &Sizes) -> Arc<Config> {
     let config = Config {
         cluster_name: "qsfs".into(),
         heartbeat_interval: HEARTBEAT_MS,
@@ -180,9 +178,9 @@ fn raft_config() -> Arc<Config> {
         election_timeout_max: ELECTION_MS.1,
         install_snapshot_timeout: 10_000,
         max_payload_entries: 256,
-        snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_ENTRIES),
+        snapshot_policy: SnapshotPolicy::LogsSinceLast(sizes.snapshot_entries),
         snapshot_max_chunk_size: network::SNAPSHOT_CHUNK_BYTES,
-        max_in_snapshot_log_to_keep: KEPT_ENTRIES,
+        max_in_snapshot_log_to_keep: sizes.kept_entries,
         purge_batch_size: 256,
         ..Config::default()
     };
@@ -247,15 +245,34 @@ pub(crate) async fn start(
     node: &NodeFile,
     identity: &Identity,
 ) -> Result<Core, NodeError> {
-    let path = dir.path().to_owned();
-    let cluster = node.cluster;
+    let ground = Ground::real();
     let took_part = !dir.peers()?.is_empty();
-    let opened = tokio::task::spawn_blocking(move || open(&path, cluster, took_part)).await;
+    let network = Network::new(Way::Tls(identity.clone()), node.id);
+    start_on(
+        &ground,
+        dir.path(),
+        (node.cluster, node.id),
+        took_part,
+        network,
+    )
+    .await
+}
+
+/// The same on any ground.
+pub(crate) async fn start_on(
+    ground: &Ground,
+    dir: &Path,
+    (cluster, id): (ClusterId, MetadId),
+    took_part: bool,
+    network: Network,
+) -> Result<Core, NodeError> {
+    let (standing, path) = (ground.clone(), dir.to_owned());
+    let opening = move || open(&standing, &path, cluster, took_part);
+    let opened = ground::blocking(&ground.work, opening).await;
     let (log, machine) = opened.map_err(|error| NodeError::Raft(error.to_string()))??;
-    let network = Network::new(identity.clone(), node.id);
     let raft = Raft::new(
-        node.id.0,
-        raft_config(),
+        id.0,
+        raft_config(&ground.sizes),
         network.clone(),
         log.clone(),
         machine.clone(),
@@ -272,20 +289,21 @@ pub(crate) async fn start(
 
 /// Log and state of a node that does not run.
 pub(crate) fn open_stopped(
-    path: &std::path::Path,
+    path: &Path,
     cluster: ClusterId,
 ) -> Result<(LogStore, Machine), NodeError> {
-    open(path, cluster, true)
+    open(&Ground::real(), path, cluster, true)
 }
 
 fn open(
-    path: &std::path::Path,
+    ground: &Ground,
+    path: &Path,
     cluster: ClusterId,
     took_part: bool,
 ) -> Result<(LogStore, Machine), NodeError> {
-    let log = LogStore::open(Arc::new(DiskMedia), &path.join("log"))?;
+    let log = LogStore::open(ground, &path.join("log"))?;
     log.check_vote(took_part)?;
-    let machine = Machine::open(path)?;
+    let machine = Machine::open_on(ground, path)?;
     let found = machine.read(|state| state.cluster());
     if let Some(found) = found.map_err(MachineError::from)?
         && found.id != cluster
@@ -357,6 +375,39 @@ pub(crate) async fn run(
     ended
 }
 
+/// The tasks of a node, and what answers.
+pub(crate) struct Running {
+    consensus: Consensus,
+    soft: Arc<Soft>,
+    leader: JoinHandle<()>,
+    bounding: JoinHandle<()>,
+    service: Arc<Service>,
+    inbound: Arc<Inbound>,
+}
+
+impl Running {
+    fn start(core: &Core, authority: CertificateAuthority, stop: &CancellationToken) -> Self {
+        let clock = Arc::clone(&core.machine.ground().clock);
+        let consensus = Consensus::start(core.raft.clone(), core.machine.clone(), clock);
+        let soft = Arc::new(Soft::default());
+        let leading = leader::run(consensus.clone(), Arc::clone(&soft), stop.clone());
+        let network = core.network.clone();
+        Self {
+            leader: tokio::spawn(leading),
+            bounding: tokio::spawn(bound_log(core.raft.clone(), core.log.clone(), stop.clone())),
+            service: Arc::new(Service::new(
+                consensus.clone(),
+                Arc::clone(&soft),
+                network,
+                authority,
+            )),
+            inbound: Arc::new(Inbound::new(core.raft.clone())),
+            consensus,
+            soft,
+        }
+    }
+}
+
 async fn serve(
     core: &Core,
     node: &NodeFile,
@@ -364,22 +415,15 @@ async fn serve(
     listener: TcpListener,
     shutdown: &CancellationToken,
 ) -> Result<(), NodeError> {
-    let consensus = Consensus::start(core.raft.clone(), core.machine.clone());
-    let soft = Arc::new(Soft::default());
     let stop = shutdown.child_token();
-    let leader = tokio::spawn(leader::run(
-        consensus.clone(),
-        Arc::clone(&soft),
-        stop.clone(),
-    ));
-    let bounding = tokio::spawn(bound_log(core.raft.clone(), core.log.clone(), stop.clone()));
-    let service = Arc::new(Service::new(
-        consensus,
-        Arc::clone(&soft),
-        core.network.clone(),
-        authority,
-    ));
-    let inbound = Arc::new(Inbound::new(core.raft.clone()));
+    let Running {
+        soft,
+        leader,
+        bounding,
+        service,
+        inbound,
+        ..
+    } = Running::start(core, authority, &stop);
     tracing::info!(node = %node.name, listen = %node.listen, "metad serves");
     let serving = qsfs_proto::server::serve(listener, identity, service, inbound, stop.clone());
     let ended = tokio::select! {
@@ -397,7 +441,7 @@ async fn serve(
     ended
 }
 
-/// Takes a snapshot, which lets the log be cut, whenever so many bytes were appended; [`SNAPSHOT_ENTRIES`] is openraft's to watch.
+/// Takes a snapshot, which lets the log be cut, whenever so many bytes were appended; [`Sizes::snapshot_entries`] is openraft's to watch.
 async fn bound_log(raft: Raft, log: LogStore, stop: CancellationToken) {
     let mut snapshot_at = 0;
     loop {

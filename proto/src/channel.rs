@@ -49,7 +49,7 @@ pub(crate) async fn connect(
     config: Arc<ClientConfig>,
     deadline: Duration,
 ) -> Result<Channel, String> {
-    connect_over(address, TlsDial::new(config), deadline).await
+    connect_over(address, TlsDial::over(config), deadline).await
 }
 
 /// The same over whatever `dial` opens.

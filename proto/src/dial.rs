@@ -29,12 +29,12 @@ pub(crate) struct TlsDial {
 }
 
 impl TlsDial {
-    pub(crate) fn new(config: Arc<ClientConfig>) -> Arc<dyn Dial> {
+    pub(crate) fn over(config: Arc<ClientConfig>) -> Arc<dyn Dial> {
         Arc::new(Self { config })
     }
 
     pub(crate) fn of(identity: &Identity) -> Result<Arc<dyn Dial>, TlsError> {
-        Ok(Self::new(grpc_client_config(identity)?))
+        Ok(Self::over(grpc_client_config(identity)?))
     }
 }
 

@@ -1,15 +1,15 @@
 //! openraft's view of the log.
 
 use super::LogError;
-use super::segments::{SEGMENT_BYTES, Segments};
+use super::segments::Segments;
 use super::syncer::Syncer;
 use crate::durable;
+use crate::ground::{self, Ground, Work};
 use crate::raft::{LogEntry, LogId, StorageError, TypeConfig, Vote};
 use openraft::AnyError;
 use openraft::storage::{LogFlushed, RaftLogStorage};
 use openraft::{LogState, OptionalSend, RaftLogReader, StorageIOError};
 use parking_lot::Mutex;
-use qsfs_zdb::media::Media;
 use std::fmt::Debug;
 use std::ops::{Bound, RangeBounds};
 use std::path::Path;
@@ -23,22 +23,15 @@ pub const READ_BYTES_MAX: u64 = 2 << 20;
 pub struct LogStore {
     segments: Arc<Mutex<Segments>>,
     syncer: Syncer,
+    work: Arc<dyn Work>,
 }
 
 impl LogStore {
     /// Opens or creates the log of a directory.
-    pub fn open(media: Arc<dyn Media>, dir: &Path) -> Result<Self, LogError> {
-        Self::open_with(media, dir, SEGMENT_BYTES)
-    }
-
-    /// The same with segments of another size.
-    pub fn open_with(
-        media: Arc<dyn Media>,
-        dir: &Path,
-        segment_bytes: u64,
-    ) -> Result<Self, LogError> {
-        let segments = Segments::open(media, dir, segment_bytes)?;
-        let syncer = Syncer::start().map_err(|source| LogError::Io {
+    pub fn open(ground: &Ground, dir: &Path) -> Result<Self, LogError> {
+        let media = Arc::clone(&ground.media);
+        let segments = Segments::open(media, dir, ground.sizes.segment_bytes)?;
+        let syncer = Syncer::start(&ground.work).map_err(|source| LogError::Io {
             step: "start the syncing thread of",
             path: dir.to_owned(),
             source,
@@ -46,6 +39,7 @@ impl LogStore {
         Ok(Self {
             segments: Arc::new(Mutex::new(segments)),
             syncer,
+            work: Arc::clone(&ground.work),
         })
     }
 
@@ -143,7 +137,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
             (segments.media(), segments.vote_path())
         };
         let vote = *vote;
-        let stored = tokio::task::spawn_blocking(move || durable::store(&*media, &path, &vote));
+        let stored = ground::blocking(&self.work, move || durable::store(&*media, &path, &vote));
         let failed = |text: String| StorageIOError::write_vote(AnyError::error(text)).into();
         match stored.await {
             Ok(Ok(())) => Ok(()),
@@ -183,7 +177,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn purge(&mut self, log_id: LogId) -> Result<(), StorageError> {
         let segments = Arc::clone(&self.segments);
-        let purged = tokio::task::spawn_blocking(move || segments.lock().purge(log_id));
+        let purged = ground::blocking(&self.work, move || segments.lock().purge(log_id));
         match purged.await {
             Ok(result) => result.map_err(|error| write_failed(&error)),
             Err(error) => {

@@ -3,6 +3,7 @@
 use super::dump::Dump;
 use super::snapshot::{self, Meta, SnapshotFile};
 use super::{Machine, MachineError};
+use crate::ground;
 use crate::raft::{LogEntry, LogId, Response, StorageError, StoredMembership, TypeConfig};
 use crate::state::kv::{KvError, Pair};
 use openraft::storage::RaftStateMachine;
@@ -15,9 +16,10 @@ fn failed(error: &MachineError) -> StorageError {
 }
 
 async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, MachineError> + Send + 'static,
+    machine: &Machine,
+    job: impl FnOnce() -> Result<T, MachineError> + Send + 'static,
 ) -> Result<T, StorageError> {
-    match tokio::task::spawn_blocking(work).await {
+    match ground::blocking(&machine.shared.ground.work, job).await {
         Ok(result) => result.map_err(|error| failed(&error)),
         Err(error) => {
             Err(StorageIOError::write_state_machine(AnyError::error(error.to_string())).into())
@@ -28,14 +30,16 @@ async fn blocking<T: Send + 'static>(
 impl Machine {
     /// Takes a snapshot while applies go on, and makes it and the state durable.
     pub fn build(&self) -> Result<std::path::PathBuf, MachineError> {
-        let path = self.copy(|meta, page| snapshot::write(&self.shared.dir, meta, page))?;
+        let path = self.copy(|meta, page| {
+            snapshot::write(&*self.shared.ground.media, &self.shared.dir, meta, page)
+        })?;
         self.flush()?;
         Ok(path)
     }
 
     /// Copies the state while applies go on, in a snapshot's format, to a file of one's own.
     pub fn copy_to(&self, path: &std::path::Path) -> Result<(), MachineError> {
-        self.copy(|meta, page| snapshot::write_to(path, meta, page))
+        self.copy(|meta, page| snapshot::write_to(&*self.shared.ground.media, path, meta, page))
     }
 
     fn copy<T>(
@@ -73,7 +77,11 @@ impl Machine {
 impl RaftSnapshotBuilder<TypeConfig> for Machine {
     async fn build_snapshot(&mut self) -> Result<Snapshot<TypeConfig>, StorageError> {
         let machine = self.clone();
-        blocking(move || snapshot::as_snapshot(&machine.build()?)).await
+        blocking(self, move || {
+            let path = machine.build()?;
+            snapshot::as_snapshot(&machine.shared.ground, &path)
+        })
+        .await
     }
 }
 
@@ -95,7 +103,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
         let (responses, full) = applied.map_err(|error| failed(&error))?;
         if full {
             let machine = self.clone();
-            blocking(move || machine.relieve()).await?;
+            blocking(self, move || machine.relieve()).await?;
         }
         Ok(responses)
     }
@@ -110,7 +118,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
             *incoming += 1;
             *incoming
         };
-        let file = SnapshotFile::create(&self.shared.dir, number);
+        let file = SnapshotFile::create(&self.shared.ground, &self.shared.dir, number);
         file.map(Box::new).map_err(|error| failed(&error))
     }
 
@@ -121,18 +129,21 @@ impl RaftStateMachine<TypeConfig> for Machine {
     ) -> Result<(), StorageError> {
         let part = snapshot.finish().await.map_err(|error| failed(&error))?;
         let (machine, meta) = (self.clone(), meta.clone());
-        blocking(move || {
-            let path = snapshot::accept(&machine.shared.dir, &part, &meta)?;
+        blocking(self, move || {
+            let media = &*machine.shared.ground.media;
+            let path = snapshot::accept(media, &machine.shared.dir, &part, &meta)?;
             machine.load(&path)
         })
         .await
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<TypeConfig>>, StorageError> {
-        let dir = self.shared.dir.clone();
-        blocking(move || match snapshot::newest(&dir)? {
-            Some(path) => snapshot::as_snapshot(&path).map(Some),
-            None => Ok(None),
+        let (ground, dir) = (self.shared.ground.clone(), self.shared.dir.clone());
+        blocking(self, move || {
+            match snapshot::newest(&*ground.media, &dir)? {
+                Some(path) => snapshot::as_snapshot(&ground, &path).map(Some),
+                None => Ok(None),
+            }
         })
         .await
     }

@@ -11,8 +11,10 @@
 //! memory and reach sled once. That loses nothing: the Raft log is the truth until a flush, which moves everything over
 //! first; and all that is recent goes over in one batch with the row that says how far the state is applied.
 
+use crate::ground::{Store, Stores};
 use crate::state::kv::{Batch, Kv, KvError, Pair, after};
 use parking_lot::RwLock;
+use qsfs_zdb::media::{DiskMedia, Media};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -28,14 +30,96 @@ pub const RECENT_BYTES_MAX: usize = 4 << 20;
 /// Times a directory that is still locked by its closing predecessor is tried again, 20 ms apart.
 const OPEN_TRIES: u32 = 100;
 
-/// The store.
+/// The rows: what is recent, and the store below.
 #[derive(Debug, Clone)]
 pub struct SledKv {
-    db: sled::Db,
-    /// sled's one file, for syncing it.
-    file: Arc<std::fs::File>,
+    store: Arc<dyn Store>,
     generation: u64,
     recent: Arc<RwLock<Recent>>,
+}
+
+/// Stores in sled.
+#[derive(Debug, Clone, Copy)]
+pub struct SledStores;
+
+impl Stores for SledStores {
+    fn open(&self, dir: &Path) -> Result<Arc<dyn Store>, KvError> {
+        let db = open_waiting(dir)?;
+        let file = std::fs::File::open(dir.join("db")).map_err(sled::Error::from)?;
+        Ok(Arc::new(SledStore {
+            db,
+            file,
+            path: dir.to_owned(),
+        }))
+    }
+
+    fn exists(&self, dir: &Path) -> bool {
+        dir.exists()
+    }
+
+    fn remove(&self, dir: &Path) -> std::io::Result<()> {
+        std::fs::remove_dir_all(dir)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> std::io::Result<()> {
+        std::fs::rename(from, to)
+    }
+
+    fn list(&self, parent: &Path) -> std::io::Result<Vec<String>> {
+        DiskMedia.list(parent)
+    }
+}
+
+#[derive(Debug)]
+struct SledStore {
+    db: sled::Db,
+    /// sled's one file, for syncing it.
+    file: std::fs::File,
+    path: PathBuf,
+}
+
+impl Store for SledStore {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError> {
+        Ok(self.db.get(key)?.map(|value| value.to_vec()))
+    }
+
+    fn range(&self, from: &[u8], until: &[u8], max: usize) -> Result<Vec<Pair>, KvError> {
+        let mut pairs = Vec::new();
+        for pair in self.db.range(from..until).take(max) {
+            let (key, value) = pair?;
+            pairs.push((key.to_vec(), value.to_vec()));
+        }
+        Ok(pairs)
+    }
+
+    fn write(&self, batch: &Batch) -> Result<(), KvError> {
+        let mut changes = sled::Batch::default();
+        for (key, value) in batch {
+            match value {
+                Some(value) => changes.insert(key.as_slice(), value.as_slice()),
+                None => changes.remove(key.as_slice()),
+            }
+        }
+        Ok(self.db.apply_batch(changes)?)
+    }
+
+    fn flush(&self) -> Result<(), KvError> {
+        self.db.flush()?;
+        Ok(self.file.sync_data().map_err(sled::Error::from)?)
+    }
+
+    fn verify(&self) -> Result<(), KvError> {
+        let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            self.db.iter().try_for_each(|row| row.map(drop))
+        }));
+        // sled answers some damage with a panic.
+        Ok(read.unwrap_or_else(|_| Err(damaged(&self.path)))?)
+    }
+}
+
+fn damaged(path: &Path) -> sled::Error {
+    let text = format!("{} is damaged", path.display());
+    sled::Error::Io(std::io::Error::other(text))
 }
 
 /// What sled does not have yet.
@@ -53,30 +137,27 @@ impl SledKv {
     }
 
     /// Opens or creates.
-    pub fn open(state: &Path, generation: u64) -> Result<Self, KvError> {
-        let path = Self::dir(state, generation);
-        let db = open_waiting(&path)?;
-        let file = std::fs::File::open(path.join("db")).map_err(sled::Error::from)?;
+    pub fn open(stores: &dyn Stores, state: &Path, generation: u64) -> Result<Self, KvError> {
         Ok(Self {
-            db,
-            file: Arc::new(file),
+            store: stores.open(&Self::dir(state, generation))?,
             generation,
             recent: Arc::default(),
         })
     }
 
     /// Opens or creates, and reads every row: rot is found here and not while entries are applied.
-    pub fn open_verified(state: &Path, generation: u64) -> Result<Self, KvError> {
-        let opened = std::panic::catch_unwind(|| {
-            let kv = Self::open(state, generation)?;
-            kv.db.iter().try_for_each(|row| row.map(drop))?;
+    pub fn open_verified(
+        stores: &dyn Stores,
+        state: &Path,
+        generation: u64,
+    ) -> Result<Self, KvError> {
+        let opened = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let kv = Self::open(stores, state, generation)?;
+            kv.store.verify()?;
             Ok(kv)
-        });
+        }));
         // sled answers some damage with a panic.
-        opened.unwrap_or_else(|_| {
-            let path = Self::dir(state, generation).display().to_string();
-            Err(sled::Error::Io(std::io::Error::other(format!("{path} is damaged"))).into())
-        })
+        opened.unwrap_or_else(|_| Err(damaged(&Self::dir(state, generation)).into()))
     }
 
     /// Which of the directories it is.
@@ -101,14 +182,7 @@ impl SledKv {
 
     /// After an error the rows are still recent: nothing is lost, and the caller stops.
     fn move_over(&self, recent: &mut Recent) -> Result<(), KvError> {
-        let mut changes = sled::Batch::default();
-        for (key, value) in &recent.rows {
-            match value {
-                Some(value) => changes.insert(key.as_slice(), value.as_slice()),
-                None => changes.remove(key.as_slice()),
-            }
-        }
-        self.db.apply_batch(changes)?;
+        self.store.write(&recent.rows)?;
         *recent = Recent::default();
         Ok(())
     }
@@ -116,17 +190,7 @@ impl SledKv {
     /// Makes everything committed durable.
     pub fn flush(&self) -> Result<(), KvError> {
         self.relieve()?;
-        self.db.flush()?;
-        Ok(self.file.sync_data().map_err(sled::Error::from)?)
-    }
-
-    fn stored(&self, from: &[u8], until: &[u8], max: usize) -> Result<Vec<Pair>, KvError> {
-        let mut pairs = Vec::new();
-        for pair in self.db.range(from..until).take(max) {
-            let (key, value) = pair?;
-            pairs.push((key.to_vec(), value.to_vec()));
-        }
-        Ok(pairs)
+        self.store.flush()
     }
 }
 
@@ -156,7 +220,7 @@ impl Kv for SledKv {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError> {
         match self.recent.read().rows.get(key) {
             Some(value) => Ok(value.clone()),
-            None => Ok(self.db.get(key)?.map(|value| value.to_vec())),
+            None => self.store.get(key),
         }
     }
 
@@ -166,7 +230,7 @@ impl Kv for SledKv {
         let mut found = Vec::new();
         let mut cursor = from.to_vec();
         while cursor.as_slice() < until && found.len() < max {
-            let page = self.stored(&cursor, until, max)?;
+            let page = self.store.range(&cursor, until, max)?;
             let end = match page.last() {
                 Some((last, _)) if page.len() == max => after(last),
                 _ => until.to_vec(),

@@ -9,13 +9,17 @@
 //! Little-endian. Written under a temporary name, synced, renamed: a file with a snapshot's name is complete.
 
 use super::MachineError;
+use crate::ground::{self, Ground, Work};
 use crate::raft::TypeConfig;
 use crate::state::kv::{Batch, KvError, Pair};
+use futures::future::BoxFuture;
 use openraft::SnapshotMeta;
-use std::fs::File;
-use std::io::{BufReader, BufWriter, Read, Write};
+use parking_lot::Mutex;
+use qsfs_zdb::media::{Media, MediaFile, OpenMode};
+use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncSeek, AsyncWrite, ReadBuf};
 
@@ -30,34 +34,53 @@ const ROW_BYTES_MAX: u32 = 64 << 20;
 /// Rows loaded in one batch.
 const LOAD_ROWS: usize = 1_024;
 const UNFINISHED: &str = "part";
+/// Read or written at once where a whole file is.
+const BUFFER_BYTES: usize = 256 << 10;
 
-/// An open snapshot file, as openraft streams it.
-#[derive(Debug)]
+/// Most bytes read or written at once.
+const PIECE_BYTES: usize = 2 << 20;
+
+/// An open snapshot file, as openraft streams it. What touches the disk is done aside.
 pub struct SnapshotFile {
     path: PathBuf,
-    file: tokio::fs::File,
+    file: Arc<dyn MediaFile>,
+    work: Arc<dyn Work>,
+    position: u64,
+    /// The one read or write under way; in a lock only because openraft wants the file to be shareable.
+    busy: Mutex<Option<BoxFuture<'static, io::Result<Vec<u8>>>>>,
+}
+
+impl std::fmt::Debug for SnapshotFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "SnapshotFile({})", self.path.display())
+    }
 }
 
 impl SnapshotFile {
-    /// Opens a finished one for reading.
-    pub fn open(path: &Path) -> Result<Self, MachineError> {
-        let file = File::open(path).map_err(MachineError::io("open", path))?;
-        Ok(Self {
+    fn new(ground: &Ground, path: &Path, file: Box<dyn MediaFile>) -> Self {
+        Self {
             path: path.to_owned(),
-            file: tokio::fs::File::from_std(file),
-        })
+            file: file.into(),
+            work: Arc::clone(&ground.work),
+            position: 0,
+            busy: Mutex::default(),
+        }
+    }
+
+    /// Opens a finished one for reading.
+    pub fn open(ground: &Ground, path: &Path) -> Result<Self, MachineError> {
+        let file = ground.media.open(path, OpenMode::Read);
+        let file = file.map_err(MachineError::io("open", path))?;
+        Ok(Self::new(ground, path, file))
     }
 
     /// Creates an unfinished one to be received.
-    pub fn create(dir: &Path, number: u64) -> Result<Self, MachineError> {
+    pub fn create(ground: &Ground, dir: &Path, number: u64) -> Result<Self, MachineError> {
         let path = dir
             .join("snapshot")
             .join(format!("incoming-{number}.{UNFINISHED}"));
-        let file = File::create(&path).map_err(MachineError::io("create", &path))?;
-        Ok(Self {
-            path,
-            file: tokio::fs::File::from_std(file),
-        })
+        let file = create(&*ground.media, &path)?;
+        Ok(Self::new(ground, &path, file))
     }
 
     /// Where it is.
@@ -67,21 +90,57 @@ impl SnapshotFile {
 
     /// Waits until everything written is on disk.
     pub async fn finish(self) -> Result<PathBuf, MachineError> {
-        self.file
-            .sync_all()
-            .await
-            .map_err(MachineError::io("sync", &self.path))?;
+        let file = Arc::clone(&self.file);
+        let synced = ground::blocking(&self.work, move || file.sync_data()).await;
+        let synced = synced.unwrap_or_else(|lost| Err(io::Error::other(lost)));
+        synced.map_err(MachineError::io("sync", &self.path))?;
         Ok(self.path)
     }
+
+    /// Goes on with what is under way, or begins `job`.
+    fn poll_work(
+        &mut self,
+        cx: &mut Context<'_>,
+        job: impl FnOnce(Arc<dyn MediaFile>, u64) -> JobOf,
+    ) -> Poll<io::Result<Vec<u8>>> {
+        let busy = self.busy.get_mut();
+        let running = busy.get_or_insert_with(|| {
+            let job = job(Arc::clone(&self.file), self.position);
+            let work = Arc::clone(&self.work);
+            Box::pin(async move {
+                let done = ground::blocking(&work, job).await;
+                done.unwrap_or_else(|lost| Err(io::Error::other(lost)))
+            })
+        });
+        let ended = std::task::ready!(running.as_mut().poll(cx));
+        *busy = None;
+        Poll::Ready(ended)
+    }
 }
+
+type JobOf = Box<dyn FnOnce() -> io::Result<Vec<u8>> + Send>;
 
 impl AsyncRead for SnapshotFile {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.file).poll_read(cx, buf)
+    ) -> Poll<io::Result<()>> {
+        let wanted = buf.remaining().min(PIECE_BYTES);
+        let read = self.poll_work(cx, |file, position| {
+            Box::new(move || {
+                let mut bytes = vec![0; wanted];
+                let read = file.read_at(&mut bytes, position)?;
+                bytes.truncate(read);
+                Ok(bytes)
+            })
+        });
+        let mut bytes = std::task::ready!(read)?;
+        // Another buffer than the one it was begun for may be smaller; the rest is read again.
+        bytes.truncate(buf.remaining());
+        self.position += bytes.len() as u64;
+        buf.put_slice(&bytes);
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -90,26 +149,81 @@ impl AsyncWrite for SnapshotFile {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buf: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.file).poll_write(cx, buf)
+    ) -> Poll<io::Result<usize>> {
+        let written = self.poll_work(cx, |file, position| {
+            let bytes = buf[..buf.len().min(PIECE_BYTES)].to_vec();
+            Box::new(move || {
+                file.write_all_at(&bytes, position)?;
+                Ok(bytes)
+            })
+        });
+        let bytes = std::task::ready!(written)?;
+        self.position += bytes.len() as u64;
+        Poll::Ready(Ok(bytes.len()))
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.file).poll_flush(cx)
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // A write has reached the file when it is ready.
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.file).poll_shutdown(cx)
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
     }
 }
 
 impl AsyncSeek for SnapshotFile {
-    fn start_seek(mut self: Pin<&mut Self>, position: std::io::SeekFrom) -> std::io::Result<()> {
-        Pin::new(&mut self.file).start_seek(position)
+    fn start_seek(mut self: Pin<&mut Self>, position: io::SeekFrom) -> io::Result<()> {
+        *self.busy.get_mut() = None;
+        let (base, step) = match position {
+            io::SeekFrom::Start(position) => (position, 0),
+            io::SeekFrom::End(step) => (self.file.length()?, step),
+            io::SeekFrom::Current(step) => (self.position, step),
+        };
+        let target = base.checked_add_signed(step);
+        self.position = target.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(())
     }
 
-    fn poll_complete(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<u64>> {
-        Pin::new(&mut self.file).poll_complete(cx)
+    fn poll_complete(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<u64>> {
+        Poll::Ready(Ok(self.position))
+    }
+}
+
+/// An empty file, in place of what was there.
+fn create(media: &dyn Media, path: &Path) -> Result<Box<dyn MediaFile>, MachineError> {
+    if media.exists(path) {
+        media
+            .remove(path)
+            .map_err(MachineError::io("remove the leftover of", path))?;
+    }
+    let created = media.open(path, OpenMode::CreateNew);
+    created.map_err(MachineError::io("create", path))
+}
+
+/// A file read or written from its beginning to its end.
+struct Cursor {
+    file: Box<dyn MediaFile>,
+    position: u64,
+}
+
+impl Write for Cursor {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.file.write_all_at(bytes, self.position)?;
+        self.position += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for Cursor {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read_at(buffer, self.position)?;
+        self.position += read as u64;
+        Ok(read)
     }
 }
 
@@ -119,19 +233,19 @@ struct Hashing<T> {
 }
 
 impl<T: Write> Write for Hashing<T> {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.inner.write(bytes)?;
         self.hasher.update(&bytes[..written]);
         Ok(written)
     }
 
-    fn flush(&mut self) -> std::io::Result<()> {
+    fn flush(&mut self) -> io::Result<()> {
         self.inner.flush()
     }
 }
 
 impl<T: Read> Read for Hashing<T> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let read = self.inner.read(buffer)?;
         self.hasher.update(&buffer[..read]);
         Ok(read)
@@ -140,27 +254,32 @@ impl<T: Read> Read for Hashing<T> {
 
 /// Writes a snapshot from pages of rows, durably; returns its path.
 pub fn write(
+    media: &dyn Media,
     dir: &Path,
     meta: &Meta,
     next_page: impl FnMut() -> Result<Vec<Pair>, KvError>,
 ) -> Result<PathBuf, MachineError> {
     let path = final_path(dir, meta);
     let part = path.with_extension(UNFINISHED);
-    write_to(&part, meta, next_page)?;
-    publish(dir, &part, &path)?;
+    write_to(media, &part, meta, next_page)?;
+    publish(media, dir, &part, &path)?;
     Ok(path)
 }
 
 /// The same into any file.
 pub fn write_to(
+    media: &dyn Media,
     part: &Path,
     meta: &Meta,
     mut next_page: impl FnMut() -> Result<Vec<Pair>, KvError>,
 ) -> Result<(), MachineError> {
     let io = |step| MachineError::io(step, part);
-    let file = File::create(part).map_err(io("create"))?;
+    let file = Cursor {
+        file: create(media, part)?,
+        position: 0,
+    };
     let mut out = Hashing {
-        inner: BufWriter::with_capacity(256 << 10, file),
+        inner: BufWriter::with_capacity(BUFFER_BYTES, file),
         hasher: blake3::Hasher::new(),
     };
     let body = postcard::to_stdvec(meta).expect("plain data types always encode");
@@ -190,10 +309,10 @@ pub fn write_to(
     let hash = out.hasher.finalize();
     let mut inner = out.inner;
     inner.write_all(hash.as_bytes()).map_err(io("write"))?;
-    let file = inner
+    let cursor = inner
         .into_inner()
         .map_err(|error| io("write")(error.into_error()))?;
-    file.sync_all().map_err(io("sync"))
+    cursor.file.sync_data().map_err(io("sync"))
 }
 
 fn length(bytes: &[u8]) -> u32 {
@@ -201,8 +320,13 @@ fn length(bytes: &[u8]) -> u32 {
 }
 
 /// Verifies a received file and gives it its name; returns its path.
-pub fn accept(dir: &Path, part: &Path, meta: &Meta) -> Result<PathBuf, MachineError> {
-    let found = read_rows(part, |_| Ok(()))?;
+pub fn accept(
+    media: &dyn Media,
+    dir: &Path,
+    part: &Path,
+    meta: &Meta,
+) -> Result<PathBuf, MachineError> {
+    let found = read_rows(media, part, |_| Ok(()))?;
     if found.last_log_id != meta.last_log_id {
         return Err(MachineError::Snapshot {
             path: part.to_owned(),
@@ -214,17 +338,30 @@ pub fn accept(dir: &Path, part: &Path, meta: &Meta) -> Result<PathBuf, MachineEr
         return Ok(path);
     }
     if part.parent() == path.parent() {
-        publish(dir, part, &path)?;
+        publish(media, dir, part, &path)?;
     } else {
         // Not received but handed over by another state machine of this process: it stays that one's.
         let copy = path.with_extension(UNFINISHED);
-        std::fs::copy(part, &copy).map_err(MachineError::io("copy", part))?;
-        File::open(&copy)
-            .and_then(|file| file.sync_all())
-            .map_err(MachineError::io("sync", &copy))?;
-        publish(dir, &copy, &path)?;
+        copy_file(media, part, &copy)?;
+        publish(media, dir, &copy, &path)?;
     }
     Ok(path)
+}
+
+fn copy_file(media: &dyn Media, from: &Path, to: &Path) -> Result<(), MachineError> {
+    let mut source = Cursor {
+        file: media
+            .open(from, OpenMode::Read)
+            .map_err(MachineError::io("open", from))?,
+        position: 0,
+    };
+    let mut copy = Cursor {
+        file: create(media, to)?,
+        position: 0,
+    };
+    io::copy(&mut source, &mut copy).map_err(MachineError::io("copy", from))?;
+    let synced = copy.file.sync_data();
+    synced.map_err(MachineError::io("sync", to))
 }
 
 fn final_path(dir: &Path, meta: &Meta) -> PathBuf {
@@ -236,25 +373,32 @@ fn final_path(dir: &Path, meta: &Meta) -> PathBuf {
 }
 
 /// Renames, syncs the directory, removes older snapshots.
-fn publish(dir: &Path, part: &Path, path: &Path) -> Result<(), MachineError> {
-    std::fs::rename(part, path).map_err(MachineError::io("rename", part))?;
+fn publish(media: &dyn Media, dir: &Path, part: &Path, path: &Path) -> Result<(), MachineError> {
+    media
+        .rename(part, path)
+        .map_err(MachineError::io("rename", part))?;
     let folder = dir.join("snapshot");
-    File::open(&folder)
-        .and_then(|handle| handle.sync_all())
+    media
+        .sync_dir(&folder)
         .map_err(MachineError::io("sync", &folder))?;
-    for old in finished(dir)? {
+    for old in finished(media, dir)? {
         if old != *path {
-            std::fs::remove_file(&old).map_err(MachineError::io("remove", &old))?;
+            media
+                .remove(&old)
+                .map_err(MachineError::io("remove", &old))?;
         }
     }
     Ok(())
 }
 
-fn listed(dir: &Path, extension: &str) -> Result<Vec<PathBuf>, MachineError> {
+fn listed(media: &dyn Media, dir: &Path, extension: &str) -> Result<Vec<PathBuf>, MachineError> {
     let folder = dir.join("snapshot");
-    let entries = std::fs::read_dir(&folder).map_err(MachineError::io("list", &folder))?;
-    let mut found: Vec<_> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
+    let names = media
+        .list(&folder)
+        .map_err(MachineError::io("list", &folder))?;
+    let mut found: Vec<_> = names
+        .iter()
+        .map(|name| folder.join(name))
         .filter(|path| path.extension().is_some_and(|e| e == extension))
         .collect();
     found.sort();
@@ -262,35 +406,41 @@ fn listed(dir: &Path, extension: &str) -> Result<Vec<PathBuf>, MachineError> {
 }
 
 /// The finished snapshots, oldest first.
-pub fn finished(dir: &Path) -> Result<Vec<PathBuf>, MachineError> {
-    listed(dir, "snap")
+pub fn finished(media: &dyn Media, dir: &Path) -> Result<Vec<PathBuf>, MachineError> {
+    listed(media, dir, "snap")
 }
 
 /// The newest finished snapshot.
-pub fn newest(dir: &Path) -> Result<Option<PathBuf>, MachineError> {
-    Ok(finished(dir)?.pop())
+pub fn newest(media: &dyn Media, dir: &Path) -> Result<Option<PathBuf>, MachineError> {
+    Ok(finished(media, dir)?.pop())
 }
 
 /// Removes what a crash left half written.
-pub fn remove_unfinished(dir: &Path) -> Result<(), MachineError> {
-    for path in listed(dir, UNFINISHED)? {
-        std::fs::remove_file(&path).map_err(MachineError::io("remove", &path))?;
+pub fn remove_unfinished(media: &dyn Media, dir: &Path) -> Result<(), MachineError> {
+    for path in listed(media, dir, UNFINISHED)? {
+        media
+            .remove(&path)
+            .map_err(MachineError::io("remove", &path))?;
     }
     Ok(())
 }
 
 struct Reader {
     path: PathBuf,
-    input: Hashing<BufReader<File>>,
+    input: Hashing<BufReader<Cursor>>,
 }
 
 impl Reader {
-    fn open(path: &Path) -> Result<(Self, Meta), MachineError> {
-        let file = File::open(path).map_err(MachineError::io("open", path))?;
+    fn open(media: &dyn Media, path: &Path) -> Result<(Self, Meta), MachineError> {
+        let file = media.open(path, OpenMode::Read);
+        let file = Cursor {
+            file: file.map_err(MachineError::io("open", path))?,
+            position: 0,
+        };
         let mut reader = Self {
             path: path.to_owned(),
             input: Hashing {
-                inner: BufReader::with_capacity(256 << 10, file),
+                inner: BufReader::with_capacity(BUFFER_BYTES, file),
                 hasher: blake3::Hasher::new(),
             },
         };
@@ -352,16 +502,17 @@ impl Reader {
 }
 
 /// What a snapshot says of itself; its rows are not verified.
-pub fn read_meta(path: &Path) -> Result<Meta, MachineError> {
-    Reader::open(path).map(|(_, meta)| meta)
+pub fn read_meta(media: &dyn Media, path: &Path) -> Result<Meta, MachineError> {
+    Reader::open(media, path).map(|(_, meta)| meta)
 }
 
 /// Hands on all rows in batches. An error at the end (a wrong hash) means: nothing of it may be used.
 pub fn read_rows(
+    media: &dyn Media,
     path: &Path,
     mut load: impl FnMut(Batch) -> Result<(), KvError>,
 ) -> Result<Meta, MachineError> {
-    let (mut reader, meta) = Reader::open(path)?;
+    let (mut reader, meta) = Reader::open(media, path)?;
     let mut batch = Batch::new();
     let mut rows = 0u64;
     while let Some((key, value)) = reader.row()? {
@@ -383,9 +534,12 @@ pub fn read_rows(
 }
 
 /// The snapshot as openraft wants it.
-pub fn as_snapshot(path: &Path) -> Result<openraft::Snapshot<TypeConfig>, MachineError> {
+pub fn as_snapshot(
+    ground: &Ground,
+    path: &Path,
+) -> Result<openraft::Snapshot<TypeConfig>, MachineError> {
     Ok(openraft::Snapshot {
-        meta: read_meta(path)?,
-        snapshot: Box::new(SnapshotFile::open(path)?),
+        meta: read_meta(&*ground.media, path)?,
+        snapshot: Box::new(SnapshotFile::open(ground, path)?),
     })
 }

@@ -1,8 +1,9 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 //! openraft's own suite on the real log and the real state machine; snapshots; rebuilding.
 
-use super::sled_kv::SledKv;
+use super::sled_kv::{SledKv, SledStores};
 use super::{Machine, snapshot};
+use crate::ground::Ground;
 use crate::log::storage::LogStore;
 use crate::raft::{LogEntry, LogId, StorageError, TypeConfig};
 use crate::state::command::{Command, Entry, Genesis, MemberRow};
@@ -13,14 +14,13 @@ use proptest::prelude::*;
 use qsfs_proto::api::{ClusterSettings, Mutation, Role};
 use qsfs_zdb::media::DiskMedia;
 use qsfs_zstor::id::{ClusterId, MetadId};
-use std::sync::Arc;
 
 struct Builder;
 
 impl StoreBuilder<TypeConfig, LogStore, Machine, tempfile::TempDir> for Builder {
     async fn build(&self) -> Result<(tempfile::TempDir, LogStore, Machine), StorageError> {
         let dir = tempfile::tempdir().unwrap();
-        let log = LogStore::open(Arc::new(DiskMedia), &dir.path().join("log")).unwrap();
+        let log = LogStore::open(&Ground::real(), &dir.path().join("log")).unwrap();
         let machine = Machine::open(dir.path()).unwrap();
         Ok((dir, log, machine))
     }
@@ -95,7 +95,7 @@ fn a_snapshot_holds_the_state_as_it_was_when_it_began_whatever_is_applied_meanwh
         snapshot_id: "s".into(),
     };
     let mut next = 3_000;
-    let path = snapshot::write(dir.path(), &meta, || {
+    let path = snapshot::write(&DiskMedia, dir.path(), &meta, || {
         fill(&machine, next..next + 50);
         next += 50;
         let current = machine.shared.current.read();
@@ -109,7 +109,7 @@ fn a_snapshot_holds_the_state_as_it_was_when_it_began_whatever_is_applied_meanwh
     })
     .unwrap();
     let mut copied = Vec::new();
-    snapshot::read_rows(&path, |batch| {
+    snapshot::read_rows(&DiskMedia, &path, |batch| {
         copied.extend(batch.into_iter().map(|(key, value)| (key, value.unwrap())));
         Ok(())
     })
@@ -167,7 +167,7 @@ proptest! {
     #[test]
     fn recent_and_stored_rows_read_as_one_map(ops in prop::collection::vec(kv_ops(), 1..60)) {
         let dir = tempfile::tempdir().unwrap();
-        let kv = SledKv::open(dir.path(), 0).unwrap();
+        let kv = SledKv::open(&SledStores, dir.path(), 0).unwrap();
         let mut model = MemoryKv::default();
         for op in ops {
             match op {

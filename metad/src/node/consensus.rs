@@ -5,6 +5,7 @@
 
 mod proposer;
 
+use crate::ground::WallClock;
 use crate::machine::Machine;
 use crate::raft::Raft;
 use crate::state::command::{Command, Entry, Reply, Request};
@@ -14,7 +15,7 @@ use qsfs_proto::api::MetadError;
 use qsfs_proto::server::CallError;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
 /// Readers waiting for the next round.
@@ -24,16 +25,16 @@ const READERS_MAX: usize = 16_384;
 pub const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Leader time: the wall clock, but never back within this process.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Clock {
+    wall: Arc<dyn WallClock>,
     last_ms: AtomicU64,
 }
 
 impl Clock {
     /// Now, in ms since the epoch.
     pub fn now_ms(&self) -> u64 {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH);
-        let now_ms = now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX));
+        let now_ms = self.wall.now_ms();
         self.last_ms
             .fetch_max(now_ms, Ordering::Relaxed)
             .max(now_ms)
@@ -54,14 +55,17 @@ pub struct Consensus {
 
 impl Consensus {
     /// Starts the tasks that serve readers and proposals; they end with the last clone.
-    pub fn start(raft: Raft, machine: Machine) -> Self {
+    pub fn start(raft: Raft, machine: Machine, wall: Arc<dyn WallClock>) -> Self {
         let (readers, waiting) = mpsc::channel(READERS_MAX);
         tokio::spawn(serve_readers(raft.clone(), waiting));
         Self {
             proposer: Proposer::start(raft.clone()),
             raft,
             machine,
-            clock: Arc::new(Clock::default()),
+            clock: Arc::new(Clock {
+                wall,
+                last_ms: AtomicU64::new(0),
+            }),
             readers,
         }
     }

@@ -4,6 +4,7 @@ use super::agents;
 use super::consensus::Consensus;
 use super::members;
 use super::soft::{Soft, Term};
+use crate::ground;
 use crate::machine::MachineError;
 use crate::plan::facts::RunningJob;
 use crate::plan::index::Index;
@@ -67,11 +68,12 @@ pub(crate) async fn run(consensus: Consensus, soft: Arc<Soft>, stop: Cancellatio
 
 async fn begin(consensus: &Consensus) -> Result<Term, MachineError> {
     let machine = consensus.machine().clone();
+    let work = Arc::clone(&machine.ground().work);
     #[expect(
         clippy::redundant_closure,
         reason = "the bare function is not general enough over the lifetime of the view"
     )]
-    let built = tokio::task::spawn_blocking(move || machine.read_afresh(|s| Index::build(s)));
+    let built = ground::blocking(&work, move || machine.read_afresh(|s| Index::build(s)));
     let index = built
         .await
         .map_err(std::io::Error::other)

@@ -15,16 +15,19 @@ use openraft::raft::{
 };
 use openraft::{AnyError, BasicNode, RPCTypes};
 use parking_lot::Mutex;
+use qsfs_proto::dial::Dial;
 use qsfs_proto::identity::Identity;
 use qsfs_proto::raft::{RaftCallError, RaftPeer, RaftRpc};
 use qsfs_proto::server::RaftTransport;
+use qsfs_proto::tls::TlsError;
 use qsfs_zstor::id::MetadId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::OnceCell;
+use tokio::time::Instant;
 
 /// Bytes of one snapshot chunk: far below proto's message limit.
 pub const SNAPSHOT_CHUNK_BYTES: u64 = 2 << 20;
@@ -61,10 +64,28 @@ fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, PayloadError> {
     }
 }
 
+/// How a node reaches others.
+#[derive(Clone)]
+pub enum Way {
+    /// TCP and TLS, as this identity.
+    Tls(Identity),
+    /// What a simulation has instead.
+    Over(Arc<dyn Dial>),
+}
+
+impl Way {
+    fn to(&self, target: MetadId, address: &str) -> Result<RaftPeer, TlsError> {
+        match self {
+            Self::Tls(identity) => RaftPeer::new(target, address, identity),
+            Self::Over(dial) => Ok(RaftPeer::over(target, address, Arc::clone(dial))),
+        }
+    }
+}
+
 /// Makes connections to peers.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Network {
-    identity: Identity,
+    way: Way,
     me: u64,
     heard: Heard,
 }
@@ -74,9 +95,9 @@ type Heard = Arc<Mutex<BTreeMap<u64, Instant>>>;
 
 impl Network {
     /// Calls as this identity.
-    pub fn new(identity: Identity, me: MetadId) -> Self {
+    pub fn new(way: Way, me: MetadId) -> Self {
         Self {
-            identity,
+            way,
             me: me.0,
             heard: Heard::default(),
         }
@@ -94,7 +115,7 @@ impl RaftNetworkFactory<TypeConfig> for Network {
 
     async fn new_client(&mut self, target: u64, node: &BasicNode) -> Connection {
         Connection {
-            identity: self.identity.clone(),
+            way: self.way.clone(),
             me: self.me,
             target,
             address: node.addr.clone(),
@@ -106,7 +127,7 @@ impl RaftNetworkFactory<TypeConfig> for Network {
 
 /// The way to one peer.
 pub struct Connection {
-    identity: Identity,
+    way: Way,
     me: u64,
     target: u64,
     address: String,
@@ -131,9 +152,7 @@ impl Connection {
     {
         let peer = self
             .peer
-            .get_or_try_init(|| async {
-                RaftPeer::new(MetadId(self.target), &self.address, &self.identity)
-            })
+            .get_or_try_init(|| async { self.way.to(MetadId(self.target), &self.address) })
             .await
             .map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
         let reply = peer.call(rpc, encode(request), option.hard_ttl()).await;

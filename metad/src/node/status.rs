@@ -7,6 +7,7 @@ use super::consensus::Consensus;
 use super::members;
 use super::network::Network;
 use super::soft::{Soft, Term, WriterReport};
+use crate::ground;
 use crate::machine::sled_kv::SledKv;
 use crate::plan::index::{Index, VolumeHealth};
 use crate::state::State;
@@ -106,11 +107,12 @@ fn leader_view(term: &mut Term, now_ms: u64) -> LeaderView {
 /// A node that does not lead has no facts; it counts from the records.
 async fn follower_view(consensus: &Consensus) -> Result<LeaderView, KvError> {
     let machine = consensus.machine().clone();
+    let work = std::sync::Arc::clone(&machine.ground().work);
     #[expect(
         clippy::redundant_closure,
         reason = "the bare function is not general enough over the lifetime of the view"
     )]
-    let built = tokio::task::spawn_blocking(move || machine.read(|state| Index::build(state)));
+    let built = ground::blocking(&work, move || machine.read(|state| Index::build(state)));
     let index = match built.await {
         Ok(index) => index?,
         Err(_) => Index::default(),
