@@ -176,6 +176,12 @@ impl FrameHeader {
         sane.then_some(header)
     }
 
+    /// As [`FrameHeader::decode`] for bytes of which exactly one bit is wrong: what the frame was, though not that any of it can be trusted.
+    pub(super) fn decode_flipped(bytes: &[u8], salt: u32, offset: u64) -> Option<Self> {
+        let bytes: [u8; FRAME_HEADER] = bytes.get(..FRAME_HEADER)?.try_into().ok()?;
+        one_bit_flipped(&bytes).find_map(|told| Self::decode(&told, salt, offset))
+    }
+
     pub(super) fn verify_payload(&self, payload: &[u8]) -> bool {
         payload.len() == self.payload_bytes as usize && crc32fast::hash(payload) == self.payload_crc
     }
@@ -192,11 +198,31 @@ impl FrameHeader {
         shifted.finalize() ^ self.payload_crc
     }
 
-    /// The prefix, if it verifies although the payload does not.
-    pub(super) fn verified_prefix<'a>(&self, payload: &'a [u8]) -> Option<&'a [u8]> {
+    /// The prefix, if it verifies although the payload does not; also if one bit of it is wrong.
+    pub(super) fn verified_prefix(&self, payload: &[u8]) -> Option<Vec<u8>> {
         let prefix = payload.get(..usize::from(self.prefix_bytes))?;
-        (crc32fast::hash(prefix) == self.prefix_crc).then_some(prefix)
+        let verifies = |told: &Vec<u8>| crc32fast::hash(told) == self.prefix_crc;
+        let told = prefix.to_vec();
+        if verifies(&told) {
+            return Some(told);
+        }
+        if prefix.len() > FLIPPED_PREFIX_MAX {
+            return None;
+        }
+        one_bit_flipped(prefix).find(verifies)
     }
+}
+
+/// Longer prefixes are not searched for a flipped bit: that takes as long as their length squared.
+const FLIPPED_PREFIX_MAX: usize = 512;
+
+/// These bytes with each of their bits flipped in turn.
+fn one_bit_flipped(bytes: &[u8]) -> impl Iterator<Item = Vec<u8>> + '_ {
+    (0..bytes.len() * 8).map(|bit| {
+        let mut flipped = bytes.to_vec();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        flipped
+    })
 }
 
 /// Does the frame magic stand here? Cheap filter for the search after damage.

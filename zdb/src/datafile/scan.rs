@@ -197,7 +197,7 @@ impl Window {
                 if header.verify_payload(payload) {
                     return Ok(Step::Frame { header, end });
                 }
-                let prefix = header.verified_prefix(payload).map(Bytes::copy_from_slice);
+                let prefix = header.verified_prefix(payload).map(Bytes::from);
                 return Ok(Step::Bad {
                     end,
                     header: Some(header),
@@ -208,12 +208,38 @@ impl Window {
         if self.only_zeros_from(shared, offset)? {
             return Ok(Step::End);
         }
+        if let Some(bad) = self.flipped_header(shared, offset)? {
+            return Ok(bad);
+        }
         let end = self.next_header(shared, offset + ALIGNMENT)?;
         Ok(Step::Bad {
             end,
             header: None,
             prefix: None,
         })
+    }
+
+    /// One flipped bit in a header must not hide which frame it was: its owner can then say what is lost.
+    fn flipped_header(
+        &mut self,
+        shared: &Shared,
+        offset: u64,
+    ) -> Result<Option<Step>, DatafileError> {
+        let raw = self.view(shared, offset, FRAME_HEADER)?;
+        let told = FrameHeader::decode_flipped(raw, shared.header.salt, offset);
+        let Some(header) = told.filter(|told| offset + told.frame_bytes() <= self.end_of_file)
+        else {
+            return Ok(None);
+        };
+        let end = offset + header.frame_bytes();
+        let prefix_bytes = usize::from(header.prefix_bytes);
+        let prefix = self.view(shared, offset + FRAME_HEADER_BYTES, prefix_bytes)?;
+        let prefix = header.verified_prefix(prefix).map(Bytes::from);
+        Ok(Some(Step::Bad {
+            end,
+            header: Some(header),
+            prefix,
+        }))
     }
 
     /// As [`Window::step`], but of a frame only header and prefix are read and verified.

@@ -3,6 +3,7 @@
 mod crash;
 mod faults;
 mod history;
+mod rot;
 mod snapshots;
 
 use super::{
