@@ -93,6 +93,20 @@ impl Table {
         }
     }
 
+    /// The entry of a key; where there is none this one is put.
+    fn get_or_put(&mut self, key: &[u8], entry: &Entry) -> Result<Option<Entry>, EngineError> {
+        match self {
+            Self::User(table) => Ok(table.get_or_put(key, entry)),
+            Self::Sequential(table) => {
+                let old = table.get(key)?;
+                if old.is_none() {
+                    table.put(key, entry)?;
+                }
+                Ok(old)
+            }
+        }
+    }
+
     fn remove(&mut self, key: &[u8]) -> Result<(), EngineError> {
         match self {
             Self::User(table) => {
@@ -234,6 +248,20 @@ impl Index {
         Ok(())
     }
 
+    /// So many keys are about to be added.
+    pub(super) fn reserve(&mut self, keys: u64) {
+        if let Table::User(table) = &mut self.table {
+            table.reserve(usize::try_from(keys).unwrap_or(0));
+        }
+    }
+
+    /// Loading is over: give back room that was not needed.
+    pub(super) fn shrink(&mut self) {
+        if let Table::User(table) = &mut self.table {
+            table.shrink();
+        }
+    }
+
     /// A frame of this many bytes is in a file, needed or not.
     pub(super) fn add_bytes(&mut self, file: u32, bytes: u64) {
         self.files.entry(file).or_default().total_bytes += bytes;
@@ -248,8 +276,7 @@ impl Index {
     ) -> Result<(), EngineError> {
         let new = physical.entry();
         self.add_bytes(new.place.file, entry_bytes(key, &new));
-        let Some(old) = self.table.get(key)? else {
-            self.table.put(key, &new)?;
+        let Some(old) = self.table.get_or_put(key, &new)? else {
             self.count(key, &new);
             return Ok(());
         };

@@ -28,6 +28,9 @@ pub(super) struct Loaded {
     pub(super) highest: u32,
 }
 
+/// Room for more keys than this is made only when they come.
+const RESERVED_KEYS_MAX: u64 = 32 << 20;
+
 /// An empty index for these settings.
 pub(super) fn empty_index(
     media: &Arc<dyn Media>,
@@ -49,6 +52,10 @@ struct Collector<'a> {
     /// Entries of lower versions were flushed.
     flushed_before: u64,
     damaged: Vec<DamageReport>,
+    /// Datafiles that are not read yet.
+    files_left: u64,
+    /// The index was made as large as it will probably become.
+    has_room: bool,
     /// The first failure of the index itself.
     failed: Result<(), EngineError>,
 }
@@ -135,6 +142,14 @@ impl Collector<'_> {
         });
     }
 
+    /// For a datafile of so many entries, and at the first one for all that follow.
+    fn make_room(&mut self, entries: u64) {
+        if !std::mem::replace(&mut self.has_room, true) {
+            let expected = entries.saturating_mul(self.files_left);
+            self.index.reserve(expected.min(RESERVED_KEYS_MAX));
+        }
+    }
+
     fn snapshot(&mut self, snapshot: &Snapshot) -> Result<(), DatafileError> {
         self.counters.raise(snapshot.counters());
         snapshot.visit(&mut |known| self.entry(known))
@@ -204,13 +219,19 @@ pub(super) fn load(
         counters: Counters::FIRST,
         flushed_before: stored.flushed_before,
         damaged: Vec::new(),
+        files_left: 0,
+        has_room: false,
         failed: Ok(()),
     };
     collector.counters.next_version = stored.flushed_before.max(1);
     let mut readers = BTreeMap::new();
     let mut snapshots = BTreeMap::new();
     let mut last = None;
+    let mut files_left = numbers.len() as u64;
     for &number in &numbers {
+        // Datafiles are much alike: the first with a snapshot tells how many keys there may be.
+        collector.files_left = files_left;
+        files_left -= 1;
         let path = dir.join(file_name(number));
         // Also one without entries is in use, until compaction finds that it is not.
         collector.index.add_bytes(number, 0);
@@ -235,6 +256,7 @@ pub(super) fn load(
     if stored.settings.history_versions > 0 {
         collector.history(&snapshots, &readers)?;
     }
+    collector.index.shrink();
     for report in &collector.damaged {
         tracing::warn!(path = %report.path.display(), offset = report.offset, bytes = report.bytes, "a datafile is damaged");
     }
@@ -265,6 +287,8 @@ pub(super) fn reload(
         counters: Counters::FIRST,
         flushed_before: stored.flushed_before,
         damaged: Vec::new(),
+        files_left: 0,
+        has_room: false,
         failed: Ok(()),
     };
     // Every byte is read and verified: whoever reloads has a reason not to believe what is known.
@@ -320,6 +344,7 @@ fn open_file(
         collector.damage(number, path, damage);
     }
     if let Some(snapshot) = &snapshot {
+        collector.make_room(snapshot.entries());
         collector.snapshot(snapshot)?;
     }
     Ok(Opened {

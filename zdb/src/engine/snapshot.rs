@@ -207,6 +207,11 @@ impl Snapshot {
         self.end.covered
     }
 
+    /// How many entries it holds.
+    pub(super) fn entries(&self) -> u64 {
+        self.end.entries
+    }
+
     pub(super) fn counters(&self) -> Counters {
         self.end.counters
     }

@@ -87,6 +87,11 @@ impl Slab {
     }
 }
 
+fn hash_of(slabs: &[Slab], hasher: &RandomState, slot: Slot) -> u64 {
+    let record = slabs[slot.key_bytes()].record(slot.number(), slot.key_bytes());
+    hasher.hash_one(&record[RECORD_BYTES..])
+}
+
 #[derive(Debug)]
 pub(super) struct UserTable {
     tables: Vec<HashTable<Slot>>,
@@ -131,6 +136,20 @@ impl UserTable {
         Entry::decode(self.record(slot).0)
     }
 
+    /// The entry of a key; where there is none this one is put, with one search for both.
+    pub(super) fn get_or_put(&mut self, key: &[u8], entry: &Entry) -> Option<Entry> {
+        let hash = self.hasher.hash_one(key);
+        let slot = match self.find(hash, key) {
+            Some(slot) => match Entry::decode(self.record(slot).0) {
+                Some(old) => return Some(old),
+                None => slot,
+            },
+            None => self.insert(hash, key),
+        };
+        self.write(slot, entry);
+        None
+    }
+
     /// Put or replace a key's entry.
     pub(super) fn put(&mut self, key: &[u8], entry: &Entry) {
         let hash = self.hasher.hash_one(key);
@@ -145,6 +164,10 @@ impl UserTable {
             }
             None => self.insert(hash, key),
         };
+        self.write(slot, entry);
+    }
+
+    fn write(&mut self, slot: Slot, entry: &Entry) {
         let slab = &mut self.slabs[slot.key_bytes()];
         slab.record_mut(slot.number(), slot.key_bytes())[..RECORD_BYTES]
             .copy_from_slice(&entry.encode());
@@ -160,11 +183,29 @@ impl UserTable {
         slab.record_mut(number, key.len())[RECORD_BYTES..].copy_from_slice(key);
         let slot = Slot::of(key_bytes, number);
         let (slabs, hasher) = (&self.slabs, &self.hasher);
-        self.tables[Self::table_of(hash)].insert_unique(hash, slot, |slot| {
-            let record = slabs[slot.key_bytes()].record(slot.number(), slot.key_bytes());
-            hasher.hash_one(&record[RECORD_BYTES..])
-        });
+        self.tables[Self::table_of(hash)]
+            .insert_unique(hash, slot, |slot| hash_of(slabs, hasher, *slot));
         slot
+    }
+
+    /// Make room for so many more keys at once: growing step by step would look at every key again and again.
+    pub(super) fn reserve(&mut self, keys: usize) {
+        let (slabs, hasher) = (&self.slabs, &self.hasher);
+        for table in &mut self.tables {
+            // None is quite as full as the average.
+            let keys = keys / TABLES + keys / TABLES / 16;
+            table.reserve(keys, |slot| hash_of(slabs, hasher, *slot));
+        }
+    }
+
+    /// Give back room that was not needed.
+    pub(super) fn shrink(&mut self) {
+        let (slabs, hasher) = (&self.slabs, &self.hasher);
+        for table in &mut self.tables {
+            if table.capacity() / 2 > table.len() {
+                table.shrink_to_fit(|slot| hash_of(slabs, hasher, *slot));
+            }
+        }
     }
 
     pub(super) fn remove(&mut self, key: &[u8]) {
