@@ -1,7 +1,8 @@
 //! The engine beside the disk it runs on, in one run:
 //! `cargo run --release -p qsfs-zdb --example engine -- [speed|small|large|compact|start|start-seq] [DIR] [N]`.
 //!
-//! `small`, `large`: SET of 4 KiB one after the other, of 1 MiB at several depths, N of each. `speed`: SET and GET, durable, beside plain writes and fdatasync (N MiB of large values, default 1024). `compact`: what a SET waits
+//! `small`: SET of 4 KiB one after the other (N, default 4000) beside the rate of fdatasync. `large`: SET of 1 MiB at several depths beside
+//! the disk's sequential write rate, in turns of N MiB (default 64). `speed`: SET and GET, many under way (N large values, default 256). `compact`: what a SET waits
 //! for with and without compaction (N rounds, default 20). `start`, `start-seq`: memory of N keys (default 10,000,000) and the time to
 //! open them again.
 #![expect(
@@ -73,26 +74,45 @@ fn disk_syncs(dir: &Path) -> f64 {
     )
 }
 
-/// Appends of 1 MiB, fdatasync every 16 MiB: per second.
-fn disk_stream(dir: &Path, name: &str, count: usize) -> f64 {
+/// Appends of 1 MiB and one fdatasync at the end, as fast as the disk takes a stream: per second.
+fn disk_stream(dir: &Path, name: &str, blocks: &[Bytes]) -> f64 {
     // It stays, as the engine's files do: what a removed file frees would make the next write faster.
     let file = File::create(dir.join(name)).unwrap();
-    let block = value(LARGE, 1);
     let began = Instant::now();
-    for number in 0..count {
-        file.write_all_at(&block, number as u64 * LARGE as u64)
+    for (number, block) in blocks.iter().enumerate() {
+        file.write_all_at(block, number as u64 * LARGE as u64)
             .unwrap();
-        if number % 16 == 15 {
-            file.sync_data().unwrap();
-        }
     }
     file.sync_data().unwrap();
-    line(
-        "disk: append 1 MiB, fdatasync per 16 MiB",
-        count,
-        LARGE,
-        began.elapsed(),
-    )
+    blocks.len() as f64 / began.elapsed().as_secs_f64()
+}
+
+/// Values that are there before the clock runs: making a megabyte costs as much as copying it.
+fn values(count: usize, bytes: usize) -> Vec<Bytes> {
+    (0..count).map(|number| value(bytes, number)).collect()
+}
+
+fn median(mut of: Vec<f64>) -> f64 {
+    of.sort_by(f64::total_cmp);
+    of[of.len() / 2]
+}
+
+/// SETs of these values under new keys, so many under way: per second.
+async fn set_all(namespace: &Arc<Namespace>, name: &str, values: &[Bytes], depth: usize) -> f64 {
+    let began = Instant::now();
+    // Each a task of its own, as connections are.
+    let tasks = values.iter().enumerate().map(|(number, value)| {
+        let (namespace, value) = (Arc::clone(namespace), value.clone());
+        let key = format!("{name}-{number}");
+        tokio::spawn(async move {
+            namespace.set(key.as_bytes(), value).await.unwrap().unwrap();
+        })
+    });
+    iter(tasks)
+        .buffer_unordered(depth)
+        .for_each(|done| async move { done.unwrap() })
+        .await;
+    values.len() as f64 / began.elapsed().as_secs_f64()
 }
 
 async fn sets(
@@ -144,24 +164,14 @@ async fn gets(
 }
 
 async fn speed(dir: &Path, megabytes: usize) {
-    let syncs = disk_syncs(dir);
-    let stream = disk_stream(dir, "before", megabytes);
     let engine = Engine::open(EngineOptions::default()).unwrap();
     let namespace = engine
         .add_namespace(NamespaceOptions::new("speed", dir.join("speed")))
         .unwrap();
-    let one = sets(&namespace, "one", 4000, SMALL, 1).await;
-    let again = disk_syncs(dir);
     sets(&namespace, "many", 200_000, SMALL, 64).await;
-    let large = sets(&namespace, "large", megabytes, LARGE, 16).await;
-    let after = disk_stream(dir, "after", megabytes);
     gets(&namespace, "many", 400_000, 200_000, SMALL, 64).await;
-    gets(&namespace, "large", megabytes * 2, megabytes, LARGE, 16).await;
-    println!(
-        "SET 4 KiB depth 1 / fdatasync rate: {:.2}; SET 1 MiB / sequential write rate: {:.2}",
-        one / f64::midpoint(syncs, again),
-        large / f64::midpoint(stream, after)
-    );
+    set_all(&namespace, "large", &values(megabytes, LARGE), 16).await;
+    gets(&namespace, "large", megabytes * 8, megabytes, LARGE, 16).await;
     engine.close();
 }
 
@@ -178,14 +188,43 @@ async fn small(dir: &Path, count: usize) {
     engine.close();
 }
 
+/// What is on a disk's mind changes within seconds, so disk and engine take turns in small portions.
 async fn large(dir: &Path, megabytes: usize) {
+    const ROUNDS: usize = 9;
+    const DEPTHS: [usize; 4] = [1, 4, 16, 64];
     let engine = Engine::open(EngineOptions::default()).unwrap();
     let namespace = engine
         .add_namespace(NamespaceOptions::new("large", dir.join("large")))
         .unwrap();
-    for (name, depth) in [("one", 1), ("four", 4), ("many", 16), ("more", 64)] {
-        disk_stream(dir, name, megabytes);
-        sets(&namespace, name, megabytes, LARGE, depth).await;
+    let values = values(megabytes, LARGE);
+    let (mut disk, mut rates) = (Vec::new(), vec![Vec::new(); DEPTHS.len()]);
+    let mut ratios = rates.clone();
+    for round in 0..ROUNDS {
+        for (at, depth) in DEPTHS.into_iter().enumerate() {
+            let before = disk_stream(dir, &format!("before-{round}-{depth}"), &values);
+            let name = format!("{round}-{depth}");
+            let rate = set_all(&namespace, &name, &values, depth).await;
+            let after = disk_stream(dir, &format!("after-{round}-{depth}"), &values);
+            disk.extend([before, after]);
+            rates[at].push(rate);
+            ratios[at].push(rate / f64::midpoint(before, after));
+        }
+    }
+    println!(
+        "medians of {ROUNDS} rounds of {megabytes} MiB; the disk alone (1 MiB appends, one fdatasync): {:.0} MB/s",
+        median(disk) * LARGE as f64 / 1e6
+    );
+    for ((depth, rates), ratios) in DEPTHS.into_iter().zip(rates).zip(ratios) {
+        println!(
+            "SET 1 MiB, depth {depth:>2}: {:>5.0} MB/s, {:.2} of the disk right before and after ({})",
+            median(rates) * LARGE as f64 / 1e6,
+            median(ratios.clone()),
+            ratios
+                .iter()
+                .map(|ratio| format!("{ratio:.2}"))
+                .collect::<Vec<_>>()
+                .join(" ")
+        );
     }
     engine.close();
 }
@@ -329,8 +368,8 @@ async fn main() {
     let dir = tempfile::tempdir_in(parent).unwrap();
     match what.as_str() {
         "small" => small(dir.path(), number.unwrap_or(4000)).await,
-        "large" => large(dir.path(), number.unwrap_or(1024)).await,
-        "speed" => speed(dir.path(), number.unwrap_or(1024)).await,
+        "large" => large(dir.path(), number.unwrap_or(64)).await,
+        "speed" => speed(dir.path(), number.unwrap_or(256)).await,
         "compact" => compact(dir.path(), number.unwrap_or(20)).await,
         "start" => start(dir.path(), number.unwrap_or(10_000_000), Mode::User).await,
         "start-seq" => start(dir.path(), number.unwrap_or(10_000_000), Mode::Sequential).await,

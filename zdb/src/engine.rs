@@ -1,7 +1,7 @@
 //! Namespaces of keys and values over append-only datafiles.
 //!
 //! ```text
-//! set ─> queue ─> commit thread: decide, append, ONE fdatasync for all that wait, publish in the index, answer
+//! set ─> queue ─> commit thread: decide, append ─> ONE fdatasync for all that wait, publish in the index, answer
 //! get ─> index ─> read + verify                      compaction: copy what is needed, publish, remove the old datafile
 //! ```
 //!
@@ -12,6 +12,7 @@
 //! - Ids and versions never go back, whatever is deleted and compacted.
 //! - A namespace whose directory was removed or replaced says so ([`EngineError::Gone`]) instead of writing into nowhere.
 
+mod append;
 mod commit;
 mod compact;
 mod entry;
@@ -19,6 +20,8 @@ mod index;
 mod lifecycle;
 mod load;
 mod namespace;
+mod pending;
+mod pipeline;
 mod queue;
 mod read;
 mod settings;

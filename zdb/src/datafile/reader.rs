@@ -8,6 +8,7 @@ use super::scan::{FrameView, ScanReport, Step, Tail, Window};
 use super::{DatafileError, DatafileHeader, KIND_MARK, KIND_VOID};
 use crate::media::{Media, MediaFile, OpenMode};
 use bytes::Bytes;
+use parking_lot::Mutex;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -23,6 +24,9 @@ pub(super) struct Shared {
     /// Everything before is on disk.
     pub(super) durable: AtomicU64,
     stopped: AtomicBool,
+    /// Held while syncing: the kernel tells a failed write-back to one of two that sync at once, and the other must not think that
+    /// all is well.
+    syncing: Mutex<()>,
 }
 
 impl Shared {
@@ -39,6 +43,7 @@ impl Shared {
             written: AtomicU64::new(length),
             durable: AtomicU64::new(length),
             stopped: AtomicBool::new(false),
+            syncing: Mutex::new(()),
         }
     }
 
@@ -384,6 +389,7 @@ impl SyncHandle {
 
     /// Make everything appended before this call durable; returns the offset up to which it now is.
     pub fn sync(&self) -> Result<u64, DatafileError> {
+        let _syncing = self.shared.syncing.lock();
         self.shared.check_running()?;
         let written = self.shared.written.load(Ordering::Acquire);
         if self.shared.durable.load(Ordering::Acquire) >= written {
@@ -394,7 +400,6 @@ impl SyncHandle {
             self.shared.stop();
             return Err(self.shared.io("sync", source));
         }
-        // A sync that overtook this one may have stored more already.
         self.shared.durable.fetch_max(written, Ordering::AcqRel);
         Ok(written)
     }

@@ -1,20 +1,16 @@
-//! Group commit: decide a batch of operations in order, append what they write, sync once, publish, answer.
+//! Group commit: decide a batch of operations in order, append what they write, sync once for all that wait, publish, answer.
+//!
+//! The next batch may be decided and appended while the one before is being synced ([`super::pipeline`]). It sees what that one did
+//! ([`super::pending`]), so it stands and falls with it: after a failed sync nothing that was appended behind it is acknowledged.
 
 use super::entry::{EntryHead, head_bytes};
 use super::index::{Physical, Place};
 use super::settings::NamespaceSettings;
-use super::store::{Store, Writer, append_counters, file_header, file_name};
+use super::store::{Store, Writer};
 use super::{EngineError, Mode, SyncPolicy};
-use crate::datafile::{Datafile, DatafileError, FrameParts, frame_bytes};
+use crate::datafile::{SyncHandle, frame_bytes};
 use bytes::Bytes;
 use std::collections::HashMap;
-
-/// A datafile that holds mostly garbage is completed at this part of its full size, so that compaction can have it.
-const EARLY_ROTATION_PART: u64 = 8;
-
-/// A datafile is extended by this much ahead of small appends, at most by that part of its full size.
-const FILL_AHEAD_BYTES: u64 = 1 << 20;
-const FILL_AHEAD_PART: u64 = 8;
 
 /// What is asked.
 #[derive(Debug, Clone)]
@@ -25,7 +21,9 @@ pub(super) enum Action {
         crc: u32,
         timestamp: Option<u32>,
     },
-    Delete,
+    Delete {
+        timestamp: Option<u32>,
+    },
 }
 
 #[derive(Debug, Clone)]
@@ -40,7 +38,7 @@ impl Operation {
         self.key.len()
             + match &self.action {
                 Action::Set { value, .. } => value.len(),
-                Action::Delete => 0,
+                Action::Delete { .. } => 0,
             }
     }
 }
@@ -64,18 +62,19 @@ impl Done {
 }
 
 /// An entry to append for one operation.
-struct Planned {
-    operation: usize,
-    key: Bytes,
-    kind: u8,
-    head: Vec<u8>,
-    value: Bytes,
-    value_crc: u32,
-    version: u64,
+pub(super) struct Planned {
+    pub(super) operation: usize,
+    pub(super) key: Bytes,
+    pub(super) kind: u8,
+    pub(super) head: Vec<u8>,
+    pub(super) value: Bytes,
+    pub(super) value_crc: u32,
+    pub(super) version: u64,
     previous: Option<u64>,
     timestamp: u32,
-    deleted: bool,
-    place: Place,
+    pub(super) deleted: bool,
+    pub(super) live_bytes_change: i64,
+    pub(super) place: Place,
 }
 
 impl Planned {
@@ -83,7 +82,7 @@ impl Planned {
         (self.head.len() + self.value.len()) as u64
     }
 
-    fn frame_bytes(&self) -> u64 {
+    pub(super) fn frame_bytes(&self) -> u64 {
         frame_bytes(self.payload_bytes())
     }
 
@@ -117,6 +116,18 @@ struct Set<'a> {
     timestamp: Option<u32>,
 }
 
+/// An entry to plan.
+struct Write<'a> {
+    key: &'a Bytes,
+    /// `None`: a deletion.
+    set: Option<Set<'a>>,
+    timestamp: Option<u32>,
+    /// The version before it, if that is kept.
+    previous: Option<u64>,
+    /// Live bytes of the key before it.
+    old_bytes: u64,
+}
+
 /// What a key holds when an operation is decided.
 #[derive(Clone, Copy)]
 struct Live {
@@ -145,30 +156,67 @@ struct Repeated {
     of: usize,
 }
 
-type Outcome = Result<Done, EngineError>;
+pub(super) type Outcome = Result<Done, EngineError>;
+
+/// A batch that was decided and appended, and what will be answered if that becomes durable.
+pub(super) struct Staged {
+    outcomes: Vec<Outcome>,
+    /// What was appended.
+    entries: Vec<Planned>,
+    /// Makes it durable; datafiles that were completed meanwhile are already. `None`: nothing to wait for.
+    sync: Option<SyncHandle>,
+}
+
+impl Staged {
+    fn refused(operations: usize, error: &EngineError) -> Self {
+        Self {
+            outcomes: (0..operations).map(|_| Err(error.clone())).collect(),
+            entries: Vec::new(),
+            sync: None,
+        }
+    }
+
+    /// Bytes appended.
+    pub(super) fn bytes(&self) -> usize {
+        let bytes: u64 = self.entries.iter().map(Planned::frame_bytes).sum();
+        usize::try_from(bytes).unwrap_or(usize::MAX)
+    }
+
+    /// Is there a sync to wait for?
+    pub(super) fn needs_sync(&self) -> bool {
+        self.sync.is_some()
+    }
+
+    /// The answers, once [`Store::settle`] was there.
+    pub(super) fn into_outcomes(self) -> Vec<Outcome> {
+        self.outcomes
+    }
+}
 
 impl Store {
-    /// Carry out a batch. Everything answered `Ok` is durable ([`SyncPolicy::Always`]) or will be at the next sync.
-    pub(super) fn commit(
+    /// Decide a batch and append what it writes. Nothing of it may be answered before [`Store::settle`].
+    pub(super) fn stage(
         &self,
         operations: &[Operation],
         settings: &NamespaceSettings,
         now: u32,
-    ) -> Vec<Outcome> {
-        let refuse_all =
-            |error: &EngineError| operations.iter().map(|_| Err(error.clone())).collect();
+    ) -> Staged {
         let space = self.media.space(&self.dir);
         let ready = self.check_running().and_then(|()| self.check_alive());
         if let Err(error) = ready {
-            return refuse_all(&error);
+            return Staged::refused(operations.len(), &error);
         }
         let mut writer = self.writer.lock();
+        let live_bytes = {
+            let state = self.state.read();
+            state.pending.live_bytes(state.index.live_value_bytes())
+        };
         let mut batch = Batch {
             store: self,
             settings,
             now,
             overlay: HashMap::new(),
-            live_bytes: self.state.read().index.live_value_bytes(),
+            live_bytes,
             disk_room: space.map_or(0, |space| {
                 space.free_bytes.saturating_sub(self.reserve_bytes)
             }),
@@ -181,161 +229,66 @@ impl Store {
             .map(|(number, operation)| batch.decide(&mut writer, number, operation))
             .collect();
         let Batch {
-            mut planned,
+            planned: mut entries,
             repeated,
             ..
         } = batch;
-        if planned.is_empty() {
-            return outcomes;
-        }
-        self.append_planned(&mut writer, &mut planned, &mut outcomes);
-        let stored = match self.sync {
-            SyncPolicy::Always => writer.active.sync().map_err(EngineError::from),
-            SyncPolicy::Interval(_) => Ok(()),
-        };
-        if let Err(error) = stored.and_then(|()| self.publish(&planned, &outcomes)) {
-            // Whether it is there after a restart is unknown.
-            self.stop(error.to_string());
-            let stopped = EngineError::Stopped {
-                reason: error.to_string(),
-            };
-            for entry in &planned {
-                outcomes[entry.operation] = Err(stopped.clone());
-            }
-        }
+        self.append_planned(&mut writer, &mut entries, &mut outcomes);
+        entries.retain(|entry| outcomes[entry.operation].is_ok());
         for Repeated { operation, of } in repeated {
             if let Err(error) = &outcomes[of] {
                 outcomes[operation] = Err(error.clone());
             }
         }
-        outcomes
+        let syncs = !entries.is_empty() && self.sync == SyncPolicy::Always;
+        Staged {
+            outcomes,
+            sync: syncs.then(|| writer.active.sync_handle()),
+            entries,
+        }
+    }
+
+    /// Make batches durable ([`SyncPolicy::Always`]), all with one sync, and visible; in the order in which they were staged, and
+    /// all that were staged before must be settled. What is answered `Ok` then is so.
+    pub(super) fn settle<'a>(&self, batches: impl Iterator<Item = &'a mut Staged>) {
+        let mut batches: Vec<&mut Staged> = batches.collect();
+        let newest = batches.iter().rev().find_map(|batch| batch.sync.as_ref());
+        let mut stored = self.check_running();
+        if let (Ok(()), Some(handle)) = (&stored, newest) {
+            stored = handle.sync().map(drop).map_err(EngineError::from);
+        }
+        for batch in &mut batches {
+            stored = stored.and_then(|()| self.publish(&batch.entries));
+            if let Err(error) = &stored {
+                let stopped = self.stop_for(error);
+                // What of it is there after a restart is unknown, and so is everything that was decided by it.
+                batch.outcomes.fill(Err(stopped));
+            }
+        }
+        self.tell_settled();
+    }
+
+    fn stop_for(&self, error: &EngineError) -> EngineError {
+        if matches!(error, EngineError::Stopped { .. }) {
+            return error.clone();
+        }
+        self.stop(error.to_string());
+        EngineError::Stopped {
+            reason: error.to_string(),
+        }
     }
 
     /// Let everybody see what was written.
-    fn publish(&self, planned: &[Planned], outcomes: &[Outcome]) -> Result<(), EngineError> {
-        let written = planned
-            .iter()
-            .filter(|entry| outcomes[entry.operation].is_ok());
+    fn publish(&self, entries: &[Planned]) -> Result<(), EngineError> {
+        if entries.is_empty() {
+            return Ok(());
+        }
         let mut state = self.state.write();
-        for entry in written {
+        for entry in entries {
             state.index.add(&entry.key, &entry.physical(), false)?;
             state.dirty.insert(entry.place.file);
+            state.pending.remove(entry);
         }
-        Ok(())
-    }
-
-    /// Append in order, rotating as files fill up. An entry that cannot be written turns its outcome into the error.
-    fn append_planned(
-        &self,
-        writer: &mut Writer,
-        planned: &mut [Planned],
-        outcomes: &mut [Outcome],
-    ) {
-        let mut rest = planned;
-        while !rest.is_empty() {
-            self.rotate_if_due(writer, rest[0].frame_bytes());
-            let room = self.datafile_bytes.saturating_sub(writer.active.len());
-            let mut bytes = 0;
-            let fitting = rest.iter().take_while(|entry| {
-                bytes += entry.frame_bytes();
-                bytes <= room
-            });
-            let count = fitting.count().max(1);
-            let (now, later) = rest.split_at_mut(count);
-            if self.append_run(writer, now).is_err() {
-                // Alone, what is small (a deletion) may still find room.
-                for entry in now {
-                    if let Err(error) = self.append_run(writer, std::slice::from_mut(entry)) {
-                        outcomes[entry.operation] = Err(error.into());
-                    }
-                }
-            }
-            rest = later;
-        }
-    }
-
-    fn append_run(&self, writer: &mut Writer, run: &mut [Planned]) -> Result<(), DatafileError> {
-        let values: Vec<[&[u8]; 1]> = run.iter().map(|entry| [&entry.value[..]]).collect();
-        let frames: Vec<FrameParts<'_>> = run
-            .iter()
-            .zip(&values)
-            .map(|(entry, value)| FrameParts {
-                kind: entry.kind,
-                prefix: &entry.head,
-                parts: value,
-            })
-            .collect();
-        let crcs: Vec<u32> = run.iter().map(|entry| entry.value_crc).collect();
-        self.fill_ahead(writer, run);
-        let offsets = writer.active.append_summed(&frames, &crcs)?;
-        let file = self.state.read().active;
-        for (entry, offset) in run.iter_mut().zip(offsets) {
-            entry.place = Place { file, offset };
-        }
-        Ok(())
-    }
-
-    /// Before small appends the file is extended for many of them at once.
-    fn fill_ahead(&self, writer: &mut Writer, run: &[Planned]) {
-        let fill = FILL_AHEAD_BYTES.min(self.datafile_bytes / FILL_AHEAD_PART);
-        let bytes: u64 = run.iter().map(Planned::frame_bytes).sum();
-        let ahead = writer.active.ahead_bytes();
-        let room = self.datafile_bytes.saturating_sub(writer.active.len());
-        if bytes <= ahead || bytes > fill / 4 || room < fill * 2 {
-            return;
-        }
-        if let Err(error) = writer.active.fill_ahead(fill) {
-            // The append itself says whether there is room for it.
-            tracing::debug!(%error, "cannot extend the datafile ahead");
-        }
-    }
-
-    fn rotate_if_due(&self, writer: &mut Writer, next_bytes: u64) {
-        let length = writer.active.len();
-        let mostly_garbage = {
-            let state = self.state.read();
-            let live = state.index.file_use(state.active).live_bytes;
-            length > self.datafile_bytes / EARLY_ROTATION_PART && live < length / 4
-        };
-        let full = length + next_bytes > self.datafile_bytes && !writer.active.is_empty();
-        if (full || mostly_garbage)
-            && let Err(error) = self.rotate(writer)
-        {
-            // The old datafile may still take it; if not, the append says why.
-            tracing::warn!(dir = %self.dir.display(), %error, "cannot begin a new datafile");
-        }
-    }
-
-    pub(super) fn rotate(&self, writer: &mut Writer) -> Result<(), EngineError> {
-        let number = self.new_file_number();
-        let path = self.dir.join(file_name(number));
-        let fresh =
-            Datafile::create(&self.media, &path, file_header(number)).and_then(|mut file| {
-                append_counters(&mut file, writer.counters)?;
-                file.sync()?;
-                Ok(file)
-            });
-        let fresh = match fresh {
-            Ok(fresh) => fresh,
-            Err(error) => {
-                // Nothing was acknowledged in it. If it cannot be removed, the next open finds it empty.
-                let _ = self.media.remove(&path);
-                return Err(error.into());
-            }
-        };
-        let completed = writer.active.trim().and_then(|()| writer.active.mark());
-        if let Err(error) = completed {
-            if writer.active.is_stopped() {
-                self.stop(error.to_string());
-            }
-            // Else only the mark found no room: the old datafile goes on.
-            let _ = self.media.remove(&path);
-            return Err(error.into());
-        }
-        let mut state = self.state.write();
-        state.readers.insert(number, fresh.reader());
-        state.active = number;
-        writer.active = fresh;
         Ok(())
     }
 }
@@ -362,7 +315,9 @@ impl Batch<'_> {
                 };
                 self.decide_set(writer, number, set)
             }
-            Action::Delete => self.decide_delete(writer, number, &operation.key),
+            Action::Delete { timestamp } => {
+                self.decide_delete(writer, number, &operation.key, *timestamp)
+            }
         }
     }
 
@@ -379,6 +334,7 @@ impl Batch<'_> {
         if let Some(old) = old
             && self.is_unchanged(&set, old)
         {
+            // One that repeats what an earlier batch does is settled behind it.
             let of = self.overlay.get(key).map(|pending| pending.operation);
             self.repeated.extend(of.map(|of| Repeated {
                 operation: number,
@@ -403,12 +359,24 @@ impl Batch<'_> {
         self.live_bytes = after;
         self.disk_room -= disk;
         writer.counters.next_id += 1;
-        let previous = linked.map(|old| old.version);
-        self.plan(writer, number, &key, Some(set), previous);
+        let write = Write {
+            key: &key,
+            set: Some(set),
+            timestamp: set.timestamp,
+            previous: linked.map(|old| old.version),
+            old_bytes: old.map_or(0, |old| old.bytes),
+        };
+        self.plan(writer, number, write);
         Ok(Done::Stored(key))
     }
 
-    fn decide_delete(&mut self, writer: &mut Writer, number: usize, key: &Bytes) -> Outcome {
+    fn decide_delete(
+        &mut self,
+        writer: &mut Writer,
+        number: usize,
+        key: &Bytes,
+        timestamp: Option<u32>,
+    ) -> Outcome {
         if self.settings.worm {
             return Err(EngineError::Worm);
         }
@@ -416,29 +384,31 @@ impl Batch<'_> {
             return Err(EngineError::KeyNotFound);
         };
         self.live_bytes -= old.bytes;
-        self.plan(writer, number, key, None, None);
+        let write = Write {
+            key,
+            set: None,
+            timestamp,
+            previous: None,
+            old_bytes: old.bytes,
+        };
+        self.plan(writer, number, write);
         Ok(Done::Deleted)
     }
 
-    fn plan(
-        &mut self,
-        writer: &mut Writer,
-        operation: usize,
-        key: &Bytes,
-        set: Option<Set<'_>>,
-        previous: Option<u64>,
-    ) {
+    fn plan(&mut self, writer: &mut Writer, operation: usize, write: Write<'_>) {
         let version = writer.counters.next_version;
         writer.counters.next_version += 1;
-        let value = set.map(|set| set.value.clone());
-        let timestamp = set.and_then(|set| set.timestamp).unwrap_or(self.now);
+        let key = write.key;
+        let value = write.set.map(|set| set.value.clone());
+        let timestamp = write.timestamp.unwrap_or(self.now);
         let head = EntryHead {
             version,
-            previous,
+            previous: write.previous,
             timestamp,
             deleted: value.is_none(),
             key,
         };
+        let new_bytes = value.as_ref().map_or(0, Bytes::len);
         self.planned.push(Planned {
             operation,
             key: key.clone(),
@@ -447,10 +417,12 @@ impl Batch<'_> {
             deleted: value.is_none(),
             value: value.clone().unwrap_or_default(),
             // Of nothing it is 0.
-            value_crc: set.map_or(0, |set| set.crc),
+            value_crc: write.set.map_or(0, |set| set.crc),
             version,
-            previous,
+            previous: write.previous,
             timestamp,
+            live_bytes_change: i64::try_from(new_bytes).unwrap_or(i64::MAX)
+                - i64::try_from(write.old_bytes).unwrap_or(i64::MAX),
             place: Place { file: 0, offset: 0 },
         });
         let pending = Overlaid {
@@ -469,8 +441,15 @@ impl Batch<'_> {
                 crc: None,
             }));
         }
-        let entry = self.store.state.read().index.get(key)?;
-        Ok(entry.map(|entry| Live {
+        let state = self.store.state.read();
+        if let Some(pending) = state.pending.get(key) {
+            return Ok(pending.value.as_ref().map(|value| Live {
+                bytes: value.len() as u64,
+                version: pending.version,
+                crc: None,
+            }));
+        }
+        Ok(state.index.get(key)?.map(|entry| Live {
             bytes: u64::from(entry.value_bytes),
             version: entry.version,
             crc: Some(entry.value_crc),
@@ -483,6 +462,9 @@ impl Batch<'_> {
             key, value, crc, ..
         } = *set;
         if let Some(pending) = self.overlay.get(key) {
+            return pending.value.as_ref() == Some(value);
+        }
+        if let Some(pending) = self.store.state.read().pending.get(key) {
             return pending.value.as_ref() == Some(value);
         }
         old.bytes == value.len() as u64

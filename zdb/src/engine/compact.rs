@@ -47,7 +47,12 @@ impl Store {
                     .blocked
                     .get(file)
                     .is_some_and(|&live| live == usage.live_bytes);
-                *file != state.active && !blocked && usage.live_bytes * 2 <= usage.total_bytes
+                // What is not published yet would look like garbage.
+                let settled = state.pending.bytes_in(*file) == 0;
+                *file != state.active
+                    && settled
+                    && !blocked
+                    && usage.live_bytes * 2 <= usage.total_bytes
             })
             .min_by_key(|(_, usage)| usage.live_bytes)
             .map(|(file, _)| file)

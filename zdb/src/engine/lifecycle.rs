@@ -72,6 +72,9 @@ impl Namespace {
         refuse_changes(&settings)?;
         let _exclusive = self.shared.exclusive()?;
         let mut writer = store.writer.lock();
+        // What is published later would be there again.
+        store.wait_for_pending();
+        store.check_running()?;
         store.rotate(&mut writer)?;
         let stored = StoredSettings {
             settings,

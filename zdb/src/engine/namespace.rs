@@ -3,6 +3,7 @@
 use super::commit::{Action, Operation};
 use super::index::Listed;
 use super::lifecycle::{remove_deleted, stored_settings};
+use super::pipeline::Pipeline;
 use super::queue::{Answer, Queue};
 use super::read::{KeyVersion, RawEntry, Reading};
 use super::settings::{DELETED, MARKER, NamespaceSettings};
@@ -138,6 +139,7 @@ impl Namespace {
             store,
             settings: RwLock::new(stored.settings),
             queue: Queue::default(),
+            pipeline: Pipeline::default(),
             closing: AtomicBool::new(false),
             compaction: engine.compaction,
             compaction_turn,
@@ -217,7 +219,7 @@ impl Namespace {
     /// Delete a key; `false` if there was none. Durable when this returns.
     pub async fn delete(&self, key: &[u8]) -> Result<bool, EngineError> {
         let key = Bytes::copy_from_slice(key);
-        match self.submit_delete(key)?.deleted().await {
+        match self.submit_delete(key, None)?.deleted().await {
             Ok(()) => Ok(true),
             Err(EngineError::KeyNotFound) => Ok(false),
             Err(error) => Err(error),
@@ -250,10 +252,14 @@ impl Namespace {
     }
 
     /// Put a DEL in the queue.
-    pub(crate) fn submit_delete(&self, key: Bytes) -> Result<Answer, EngineError> {
+    pub(crate) fn submit_delete(
+        &self,
+        key: Bytes,
+        timestamp: Option<u32>,
+    ) -> Result<Answer, EngineError> {
         self.submit(Operation {
             key,
-            action: Action::Delete,
+            action: Action::Delete { timestamp },
         })
     }
 

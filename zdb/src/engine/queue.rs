@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 /// Operations and bytes of one commit.
 const BATCH_OPERATIONS_MAX: usize = 4096;
-const BATCH_BYTES_MAX: usize = 32 << 20;
+const BATCH_BYTES_MAX: usize = 4 << 20;
 
 /// How long the queue is looked at before waiting to be woken.
 const LOOK_OUT: Duration = Duration::from_micros(40);
@@ -69,6 +69,11 @@ impl Queue {
         drop(state);
         self.wake.notify_one();
         Ok(Answer(waits))
+    }
+
+    /// Does nobody wait to be committed?
+    pub(super) fn is_empty(&self) -> bool {
+        self.state.lock().waiting.is_empty()
     }
 
     /// What is in the queue is still answered.

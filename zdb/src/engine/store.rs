@@ -3,12 +3,13 @@
 use super::entry::{Counters, KIND_COUNTERS, PURPOSE};
 use super::index::Index;
 use super::load::{self, Loaded};
+use super::pending::Pending;
 use super::settings::{MARKER, StoredSettings};
 use super::{EngineError, EngineOptions, SyncPolicy, snapshot};
 use crate::datafile::{Datafile, DatafileError, DatafileHeader, DatafileReader, FrameParts};
 use crate::media::{Identity, Media, MediaLock};
 use bytes::Bytes;
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Condvar, Mutex, RwLock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -50,6 +51,9 @@ pub(super) struct Store {
     pub(super) flushed_before: AtomicU64,
     /// Why writing stopped.
     pub(super) stopped: RwLock<Option<String>>,
+    /// For those that wait until nothing is pending.
+    pub(super) settled: Mutex<()>,
+    pub(super) settling: Condvar,
     damaged: Mutex<Vec<DamageReport>>,
     identity: RwLock<(Identity, Identity)>,
     /// When the directory was last seen to be there, in milliseconds since `opened`.
@@ -62,6 +66,8 @@ pub(super) struct Store {
 #[derive(Debug)]
 pub(super) struct State {
     pub(super) index: Index,
+    /// What the index will say once it is durable.
+    pub(super) pending: Pending,
     pub(super) readers: BTreeMap<u32, DatafileReader>,
     /// Where the commit thread appends; never compacted.
     pub(super) active: u32,
@@ -155,6 +161,7 @@ impl Store {
             reserve_bytes: options.reserve_bytes.min(space.total_bytes / 16),
             state: RwLock::new(State {
                 index: loaded.index,
+                pending: Pending::default(),
                 readers: loaded.readers,
                 active: number,
                 blocked: BTreeMap::new(),
@@ -169,6 +176,8 @@ impl Store {
             sync: options.sync,
             flushed_before: AtomicU64::new(stored.flushed_before),
             stopped: RwLock::new(None),
+            settled: Mutex::default(),
+            settling: Condvar::new(),
             damaged: Mutex::new(loaded.damaged),
             lock: Mutex::new(Some(lock)),
         })
@@ -390,6 +399,8 @@ impl Store {
         self.check_running()?;
         self.check_alive()?;
         let writer = self.writer.lock();
+        self.wait_for_pending();
+        self.check_running()?;
         writer.active.sync()?;
         let readers = self.state.read().readers.clone();
         let (index, damaged) = load::reload(&self.media, &self.dir, stored, &readers)?;

@@ -3,6 +3,7 @@
 mod crash;
 mod faults;
 mod history;
+mod pipeline;
 mod rot;
 mod snapshots;
 

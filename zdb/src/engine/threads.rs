@@ -1,14 +1,19 @@
-//! The threads of a namespace: one commits; one, while there is something to do, makes snapshots and compacts.
+//! The threads of a namespace: one commits; one, once large values come fast, syncs what the first has appended; one, while there is something to do, makes snapshots and compacts.
 
-use super::queue::{Next, Queue};
+use super::pipeline::Pipeline;
+use super::queue::{Batch, Next, Queue};
 use super::settings::NamespaceSettings;
 use super::store::Store;
 use super::{EngineError, SyncPolicy};
 use parking_lot::{Condvar, Mutex, MutexGuard, RwLock};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+/// A smaller batch is appended in no time: its sync gains nothing from being done elsewhere. Where datafiles are small, so is what is large.
+const PIPELINED_BYTES: u64 = 512 << 10;
+const PIPELINED_PART: u64 = 16;
 /// A namespace without writes for this long marks its datafile.
 const IDLE_AFTER: Duration = Duration::from_millis(500);
 /// Compaction rests this many times as long as it worked, so that the disk is mostly free for what is written meanwhile.
@@ -35,6 +40,7 @@ pub(super) struct Shared {
     pub(super) store: Store,
     pub(super) settings: RwLock<NamespaceSettings>,
     pub(super) queue: Queue,
+    pub(super) pipeline: Pipeline,
     pub(super) closing: AtomicBool,
     pub(super) compaction: bool,
     pub(super) compaction_turn: Arc<Mutex<()>>,
@@ -76,6 +82,32 @@ impl Maintenance {
     }
 }
 
+/// What the commit thread knows of the sync thread.
+#[derive(Default)]
+struct Syncer {
+    /// Started when it is first needed.
+    thread: Option<JoinHandle<()>>,
+    /// Others came while the last batch was under way.
+    company: bool,
+}
+
+impl Syncer {
+    /// Is there a thread, now at the latest? Without one every batch is synced before the next is appended.
+    fn runs(&mut self, shared: &Arc<Shared>) -> bool {
+        if self.thread.is_none() {
+            let syncing = Arc::clone(shared);
+            let started = std::thread::Builder::new()
+                .name("zdb-sync".to_owned())
+                .spawn(move || syncing.sync_loop());
+            match started {
+                Ok(thread) => self.thread = Some(thread),
+                Err(error) => tracing::warn!(%error, "cannot start a thread that syncs"),
+            }
+        }
+        self.thread.is_some()
+    }
+}
+
 fn unix_seconds() -> u32 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.map_or(0, |since| {
@@ -96,19 +128,15 @@ impl Shared {
         // Since when something is not synced; when to mark an idle datafile.
         let mut sync_at: Option<Instant> = None;
         let mut idle_at = Some(Instant::now() + IDLE_AFTER);
+        let mut syncer = Syncer::default();
         loop {
             match self.queue.next(sync_at.or(idle_at)) {
                 Next::Closed => break,
                 Next::Batch(batch) => {
-                    let settings = self.settings.read().clone();
-                    let outcomes = self
-                        .store
-                        .commit(&batch.operations, &settings, unix_seconds());
-                    batch.answer(outcomes);
+                    self.commit(batch, &mut syncer);
                     let now = Instant::now();
                     sync_at = sync_at.or(interval.map(|interval| now + interval));
                     idle_at = Some(now + IDLE_AFTER);
-                    self.start_maintenance();
                 }
                 Next::TimedOut if sync_at.is_none() => {
                     idle_at = None;
@@ -123,6 +151,46 @@ impl Shared {
                     tracing::error!(dir = %self.store.dir.display(), %error, "cannot sync");
                 }
             }
+        }
+        self.pipeline.close();
+        if let Some(thread) = syncer.thread.take() {
+            let _ = thread.join();
+        }
+    }
+
+    /// Carry out a batch, or hand it to the sync thread once it is appended.
+    fn commit(self: &Arc<Self>, batch: Batch, syncer: &mut Syncer) {
+        let settings = self.settings.read().clone();
+        let mut staged = self
+            .store
+            .stage(&batch.operations, &settings, unix_seconds());
+        let behind = self.pipeline.is_busy();
+        // While a client that is alone waits for its answer nothing else could be appended.
+        let least = PIPELINED_BYTES.min(self.store.datafile_bytes / PIPELINED_PART);
+        let large = staged.needs_sync() && staged.bytes() as u64 >= least;
+        let company = syncer.company || !self.queue.is_empty();
+        if behind || (large && company && syncer.runs(self)) {
+            syncer.company = behind || !self.queue.is_empty();
+            self.pipeline.push(batch, staged);
+            return;
+        }
+        self.store.settle(std::iter::once(&mut staged));
+        syncer.company = !self.queue.is_empty();
+        batch.answer(staged.into_outcomes());
+        self.start_maintenance();
+    }
+
+    fn sync_loop(self: &Arc<Self>) {
+        while let Some(mut taken) = self.pipeline.take() {
+            self.store
+                .settle(taken.iter_mut().map(|(_, staged)| staged));
+            let batches = taken.len();
+            let bytes = taken.iter().map(|(_, staged)| staged.bytes()).sum();
+            for (batch, staged) in taken {
+                batch.answer(staged.into_outcomes());
+            }
+            self.pipeline.done(batches, bytes);
+            self.start_maintenance();
         }
     }
 

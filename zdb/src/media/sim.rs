@@ -5,7 +5,7 @@
 //! after it along; of the names created, renamed or removed since `sync_dir`, a random prefix is there.
 
 use super::{Identity, Media, MediaFile, MediaLock, OpenMode, Space};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::{BTreeMap, BTreeSet};
@@ -48,6 +48,10 @@ struct World {
     crashed: bool,
     fail_sync_in: Option<u64>,
     capacity: Option<u64>,
+    /// Syncs that may still begin; `None`: all.
+    syncs_allowed: Option<u64>,
+    syncs_held: usize,
+    sync_allowed: Arc<Condvar>,
 }
 
 #[derive(Debug, Default, Clone)]
@@ -167,6 +171,18 @@ impl SimMedia {
             Fault::Capacity(bytes) => world.capacity = Some(bytes),
             Fault::Unlimited => world.capacity = None,
         }
+    }
+
+    /// Let only so many file syncs begin from now on; the next ones are held until more are allowed (`None`: all).
+    pub fn allow_syncs(&self, syncs: Option<u64>) {
+        let mut world = self.world.lock();
+        world.syncs_allowed = syncs;
+        world.sync_allowed.notify_all();
+    }
+
+    /// Syncs that are held now.
+    pub fn syncs_held(&self) -> usize {
+        self.world.lock().syncs_held
     }
 
     /// Changing operations so far (writes, syncs, names, lengths).
@@ -471,6 +487,17 @@ impl SimFile {
     fn with<T>(&self, change: impl FnOnce(&mut World, u64) -> io::Result<T>) -> io::Result<T> {
         change(&mut self.world.lock(), self.inode)
     }
+
+    fn wait_until_allowed(&self) {
+        let mut world = self.world.lock();
+        let allowed = Arc::clone(&world.sync_allowed);
+        world.syncs_held += 1;
+        while world.syncs_allowed == Some(0) && !world.crashed {
+            allowed.wait(&mut world);
+        }
+        world.syncs_held -= 1;
+        world.syncs_allowed = world.syncs_allowed.map(|more| more.saturating_sub(1));
+    }
 }
 
 fn state(world: &mut World, inode: u64) -> io::Result<&mut SimFileState> {
@@ -531,6 +558,7 @@ impl MediaFile for SimFile {
     }
 
     fn sync_data(&self) -> io::Result<()> {
+        self.wait_until_allowed();
         self.with(|world, inode| {
             world.begin_whole()?;
             match world.fail_sync_in {

@@ -90,16 +90,16 @@ pub(super) fn set(session: &Session, request: &[Bytes]) -> Result<Answering, Rep
 }
 
 pub(super) fn delete(session: &Session, request: &[Bytes]) -> Result<Answering, Reply> {
-    let key = match request {
-        [_, key] => key_argument(key)?,
+    let (key, timestamp) = match request {
+        [_, key] => (key_argument(key)?, None),
         [_, key, timestamp] => {
-            session.timestamp(timestamp)?;
-            key_argument(key)?
+            let timestamp = session.timestamp(timestamp)?;
+            (key_argument(key)?, Some(timestamp))
         }
         _ => return Err(Reply::error("Unexpected arguments")),
     };
     let namespace = session.writable()?;
-    let answer = namespace.submit_delete(Bytes::copy_from_slice(key));
+    let answer = namespace.submit_delete(Bytes::copy_from_slice(key), timestamp);
     Ok(Answering::Write(PendingWrite {
         answer: answer.map_err(|error| engine_error(&error))?,
         delete: true,
