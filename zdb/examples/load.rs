@@ -1,6 +1,9 @@
 //! How much a 0-db that is running takes: `cargo run --release -p qsfs-zdb --example load -- ADDRESS set|get [BYTES [DEPTH [CONNECTIONS [SECONDS]]]]`,
 //! and how fast a disk syncs: `... load -- DIR fsync [BYTES [DEPTH]]` (writes of BYTES, one fdatasync for DEPTH of them).
 //!
+//! `... load -- ADDRESS all DIR [SECONDS]`: all of it in one run, in turns with what the disk of DIR does alone, with the ratios; `... load --
+//! ADDRESS compact [ROUNDS]`: what a SET waits for while there is nothing to compact and while there is (serve with `--datasize 16MiB`).
+//!
 //! `... load -- DIR serve` serves DIR at 127.0.0.1:9911 until it is killed, where `qsfs zdb serve` is not built.
 //!
 //! Lean, because client and server share the machine: answers have a known length, so they are counted and not parsed. What GET asks for is set
@@ -116,21 +119,212 @@ impl Client {
     }
 }
 
-fn measure_syncs(dir: &Path, bytes: usize, depth: usize) {
+/// Syncs a second of appends of so many bytes.
+fn syncs(dir: &Path, bytes: usize, time: Duration) -> f64 {
     let path = dir.join("load-fsync");
     let mut file = File::create(&path).unwrap();
-    let block = vec![b'v'; bytes * depth];
+    let block = vec![b'v'; bytes];
     let (began, mut syncs) = (Instant::now(), 0_u32);
-    while began.elapsed() < Duration::from_secs(3) {
+    while began.elapsed() < time {
         file.write_all(&block).unwrap();
         file.sync_data().unwrap();
         syncs += 1;
     }
     let rate = f64::from(syncs) / began.elapsed().as_secs_f64();
     std::fs::remove_file(path).unwrap();
+    rate
+}
+
+fn measure_syncs(dir: &Path, bytes: usize, depth: usize) {
+    let rate = syncs(dir, bytes * depth, Duration::from_secs(3));
     println!(
         "fdatasync after {depth} x {bytes} B: {rate:.0}/s, {:.0} writes/s",
         rate * depth as f64
+    );
+}
+
+/// Blocks a second, appended one after the other with one fdatasync at the end. The file stays, as the server's files do.
+fn stream(dir: &Path, name: &str, blocks: usize, bytes: usize) -> f64 {
+    let mut file = File::create(dir.join(name)).unwrap();
+    let block = vec![b'v'; bytes];
+    let began = Instant::now();
+    for _ in 0..blocks {
+        file.write_all(&block).unwrap();
+    }
+    file.sync_data().unwrap();
+    blocks as f64 / began.elapsed().as_secs_f64()
+}
+
+/// Requests a second: `more` says whether a connection goes on after so many requests, since when.
+fn rate(
+    address: &str,
+    load: Load,
+    connections: usize,
+    more: impl Fn(usize, Instant) -> bool + Sync,
+) -> f64 {
+    let mut clients: Vec<Client> = (0..connections)
+        .map(|connection| Client::connect(address, load, connection))
+        .collect();
+    if !load.set {
+        std::thread::scope(|scope| {
+            for client in &mut clients {
+                scope.spawn(|| client.run(true, |sent| sent < load.keys));
+            }
+        });
+    }
+    let began = Instant::now();
+    let more = &more;
+    let answered: usize = std::thread::scope(|scope| {
+        let threads: Vec<_> = clients
+            .iter_mut()
+            .map(|client| scope.spawn(move || client.run(load.set, |sent| more(sent, began))))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .sum()
+    });
+    answered as f64 / began.elapsed().as_secs_f64()
+}
+
+fn load_of(set: bool, bytes: usize, depth: usize, connections: usize) -> Load {
+    let bytes = bytes.max(16);
+    let keys = KEYS.min(VALUES_BYTES_MAX / bytes);
+    Load {
+        set,
+        bytes,
+        depth,
+        keys: keys.div_ceil(connections),
+    }
+}
+
+fn median(mut of: Vec<f64>) -> f64 {
+    of.sort_by(f64::total_cmp);
+    of[of.len() / 2]
+}
+
+const SMALL: usize = 4096;
+const LARGE: usize = 1 << 20;
+/// Large values of one turn: a disk changes its mind within seconds.
+const TURN: usize = 48;
+const ROUNDS: usize = 7;
+
+fn all(address: &str, dir: &Path, seconds: f64) {
+    let time = Duration::from_secs_f64(seconds);
+    let timed = |_: usize, began: Instant| began.elapsed() < time;
+    let (mut disk, mut sets, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        let before = syncs(dir, SMALL, time);
+        let set = rate(address, load_of(true, SMALL, 1, 1), 1, timed);
+        let after = syncs(dir, SMALL, time);
+        disk.extend([before, after]);
+        sets.push(set);
+        ratios.push(set / f64::midpoint(before, after));
+    }
+    println!(
+        "the disk alone: {:.0} fdatasyncs of 4 KiB a second",
+        median(disk)
+    );
+    println!(
+        "SET 4 KiB, one under way: {:.0}/s, {:.2} of the disk",
+        median(sets),
+        median(ratios)
+    );
+    for (set, depth, connections) in [(true, 64, 1), (true, 1, 64), (false, 64, 1), (false, 1, 64)]
+    {
+        let load = load_of(set, SMALL, depth, connections);
+        let rates = (0..3).map(|_| rate(address, load, connections, timed));
+        let what = if set { "SET" } else { "GET" };
+        println!(
+            "{what} 4 KiB, {connections} connections, {depth} under way each: {:.0}/s",
+            median(rates.collect())
+        );
+    }
+    let (mut disk, mut turns) = (
+        Vec::new(),
+        [1, 4, 16].map(|depth| (depth, Vec::new(), Vec::new())),
+    );
+    for round in 0..ROUNDS {
+        for (depth, sets, ratios) in &mut turns {
+            let before = stream(dir, &format!("load-{round}-{depth}-before"), TURN, LARGE);
+            let set = rate(address, load_of(true, LARGE, *depth, 1), 1, |sent, _| {
+                sent < TURN
+            });
+            let after = stream(dir, &format!("load-{round}-{depth}-after"), TURN, LARGE);
+            disk.extend([before, after]);
+            sets.push(set);
+            ratios.push(set / f64::midpoint(before, after));
+        }
+    }
+    let megabytes = |rate: f64| rate * LARGE as f64 / 1e6;
+    println!(
+        "the disk alone: {:.0} MB/s of 1 MiB appends, one fdatasync for {TURN}",
+        megabytes(median(disk))
+    );
+    for (depth, sets, ratios) in turns {
+        println!(
+            "SET 1 MiB, {depth} under way: {:.0} MB/s, {:.2} of the disk",
+            megabytes(median(sets)),
+            median(ratios)
+        );
+    }
+    let gets = (0..3).map(|_| rate(address, load_of(false, LARGE, 16, 1), 1, timed));
+    println!(
+        "GET 1 MiB, 16 under way: {:.0} MB/s",
+        megabytes(median(gets.collect()))
+    );
+}
+
+/// Latencies of SETs of 4 KiB, one after the other.
+fn latencies(address: &str, keys: std::ops::Range<usize>, keys_in_all: usize) -> Vec<Duration> {
+    let load = Load {
+        set: true,
+        bytes: SMALL,
+        depth: 1,
+        keys: keys_in_all,
+    };
+    let mut client = Client::connect(address, load, 0);
+    let mut value = vec![b'v'; SMALL];
+    value[8..16].copy_from_slice(&rand::random::<[u8; 8]>());
+    let (mut request, mut answer) = (Vec::new(), [0; 21]);
+    keys.map(|number| {
+        request.clear();
+        push_request(&mut request, load, 0, number, &mut value);
+        let began = Instant::now();
+        client.stream.write_all(&request).unwrap();
+        client.stream.read_exact(&mut answer).unwrap();
+        began.elapsed()
+    })
+    .collect()
+}
+
+fn compact(address: &str, rounds: usize) {
+    let p99 = |mut taken: Vec<Duration>| {
+        taken.sort();
+        taken[taken.len() * 99 / 100].as_secs_f64() * 1e6
+    };
+    let (mut without, mut with) = (Vec::new(), Vec::new());
+    for round in 0..rounds {
+        // New keys: nothing becomes garbage.
+        let first = 1_000_000 + round * 5000;
+        without.push(p99(latencies(address, first..first + 5000, usize::MAX)));
+        // The same keys again and again: most of what is written soon is.
+        let load = Load {
+            keys: 10_000,
+            ..load_of(true, SMALL, 64, 1)
+        };
+        rate(address, load, 1, |sent, _| sent < 40_000);
+        with.push(p99(latencies(address, 0..5000, 10_000)));
+    }
+    let ratios = without
+        .iter()
+        .zip(&with)
+        .map(|(without, with)| with / without);
+    println!(
+        "SET 4 KiB, one under way, p99: {:.0} us without anything to compact, {:.0} us while compacting; {:.2} times (medians of {rounds} rounds)",
+        median(without.clone()),
+        median(with.clone()),
+        median(ratios.collect())
     );
 }
 
@@ -160,50 +354,30 @@ fn main() {
             .map_or(default, |text| text.parse().unwrap())
     };
     let (Some(place), Some(what)) = (arguments.first(), arguments.get(1)) else {
-        panic!("say where and what: ADDRESS set|get, or DIR fsync|serve");
+        panic!("say where and what: ADDRESS set|get|all|compact, or DIR fsync|serve");
     };
-    let (bytes, depth) = (number(2, 4096), number(3, 64));
-    if what == "fsync" {
-        return measure_syncs(Path::new(place), bytes, depth);
-    }
     if what == "serve" {
         return serve(Path::new(place));
     }
-    let connections = number(4, 1);
-    let keys = KEYS.min(VALUES_BYTES_MAX / bytes.max(16));
-    let load = Load {
-        set: what == "set",
-        bytes: bytes.max(16),
-        depth,
-        keys: keys.div_ceil(connections),
-    };
-    let seconds = number(5, 5) as u64;
-    let mut clients: Vec<Client> = (0..connections)
-        .map(|connection| Client::connect(place, load, connection))
-        .collect();
-    if !load.set {
-        std::thread::scope(|scope| {
-            for client in &mut clients {
-                scope.spawn(|| client.run(true, |sent| sent < load.keys));
-            }
-        });
+    if what == "all" {
+        let dir = arguments
+            .get(2)
+            .expect("say which directory's disk is compared");
+        return all(place, Path::new(dir), number(3, 1) as f64);
     }
-    let began = Instant::now();
-    let deadline = began + Duration::from_secs(seconds);
-    let answered: usize = std::thread::scope(|scope| {
-        let threads: Vec<_> = clients
-            .iter_mut()
-            .map(|client| scope.spawn(move || client.run(load.set, |_| Instant::now() < deadline)))
-            .collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap())
-            .sum()
-    });
-    let seconds = began.elapsed().as_secs_f64();
+    if what == "compact" {
+        return compact(place, number(2, 7));
+    }
+    let (bytes, depth) = (number(2, SMALL), number(3, 64));
+    if what == "fsync" {
+        return measure_syncs(Path::new(place), bytes, depth);
+    }
+    let connections = number(4, 1);
+    let load = load_of(what == "set", bytes, depth, connections);
+    let time = Duration::from_secs(number(5, 5) as u64);
+    let rate = rate(place, load, connections, |_, began| began.elapsed() < time);
     println!(
-        "{what} {bytes} B, depth {depth}, {connections} connections: {:.0}/s, {:.2} GB/s",
-        answered as f64 / seconds,
-        (answered * bytes) as f64 / seconds / 1e9
+        "{what} {bytes} B, depth {depth}, {connections} connections: {rate:.0}/s, {:.2} GB/s",
+        rate * bytes as f64 / 1e9
     );
 }
