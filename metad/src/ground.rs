@@ -1,7 +1,8 @@
 //! What a node stands on: its disk, the store under its rows, its clock, and where it does what blocks. A daemon stands on
 //! [`Ground::real`]; a simulation gives its own of each.
 
-use crate::machine::sled_kv::{SledKv, SledStores};
+use crate::machine::rows::Rows;
+use crate::machine::sled_kv::SledStores;
 use crate::raft::LogId;
 use crate::state::command::Entry;
 use crate::state::kv::{Batch, KvError, Pair};
@@ -135,7 +136,7 @@ pub trait Applier: Debug + Send + Sync {
     fn apply(
         &self,
         id: &LogId,
-        state: &mut State<&SledKv>,
+        state: &mut State<&Rows>,
         entry: &Entry,
     ) -> Result<Outcome, KvError>;
 }
@@ -148,7 +149,7 @@ impl Applier for Apply {
     fn apply(
         &self,
         _: &LogId,
-        state: &mut State<&SledKv>,
+        state: &mut State<&Rows>,
         entry: &Entry,
     ) -> Result<Outcome, KvError> {
         state::apply(state, entry)

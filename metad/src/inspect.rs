@@ -2,7 +2,8 @@
 
 use crate::durable;
 use crate::log::segments;
-use crate::machine::sled_kv::{SledKv, SledStores};
+use crate::machine::rows::Rows;
+use crate::machine::sled_kv::SledStores;
 use crate::machine::{MachineError, load_raft_row, snapshot};
 use crate::node::NodeError;
 use crate::node::datadir::DataDir;
@@ -99,7 +100,7 @@ fn state(data: &Path) -> Result<String, MachineError> {
         return Ok("none".into());
     }
     let generation: u64 = durable::load(&DiskMedia, &dir.join("current"))?.unwrap_or(0);
-    let kv = SledKv::open_verified(&SledStores, &dir, generation)?;
+    let kv = Rows::open_verified(&SledStores, &dir, generation)?;
     let raft = load_raft_row(&kv)?;
     let state = State::new(&kv);
     let voters: Vec<_> = raft.membership.membership().voter_ids().collect();

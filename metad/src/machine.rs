@@ -2,15 +2,20 @@
 //!
 //! ```text
 //! state/current -> state/{generation:08x}/ (sled)        snapshot/{index:020}-{term}.snap
-//! apply: State::apply over sled reads -> one sled batch { rows, last_applied, membership }
+//! apply: State::apply over rows -> one batch { rows, last_applied, membership } in memory
+//! rows:  memory -> blocks -> sled, see `rows`, `mover`, `directory`, `block`, `sled_kv`
 //! ```
 //!
-//! Invariants: a batch holds what was applied together with the id of the last applied entry, so the two never disagree; sled is
+//! Invariants: a batch holds what was applied together with the id of the last applied entry, so the two never disagree; the store is
 //! flushed and its file synced before a snapshot is reported, hence before the log is purged; an installed snapshot is built
 //! in a directory of its own and becomes current by one rename.
 
-pub mod dump;
+pub mod block;
+pub mod directory;
+mod mover;
+mod older;
 pub mod raft_machine;
+pub mod rows;
 pub mod sled_kv;
 pub mod snapshot;
 
@@ -23,14 +28,14 @@ use crate::raft::{LogEntry, LogId, Response, StoredMembership};
 use crate::state::command::MemberRow;
 use crate::state::kv::{Batch, Kv, KvError};
 use crate::state::{State, Touched};
-use dump::Dump;
 use openraft::{EntryPayload, RaftLogId};
 use parking_lot::{Mutex, RwLock};
 use qsfs_zstor::id::MetadId;
+use rows::{Fill, Rows};
 use serde::{Deserialize, Serialize};
-use sled_kv::SledKv;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Row that holds what Raft needs to know of the state. Sorts after all nouns and is not one of them.
 pub const RAFT_ROW: &[u8] = b"\xffraft";
@@ -82,7 +87,7 @@ pub struct RaftRow {
 }
 
 struct Current {
-    kv: SledKv,
+    kv: Rows,
     raft: RaftRow,
 }
 
@@ -97,10 +102,12 @@ struct Shared {
     dir: PathBuf,
     /// Readers see whole batches only: apply commits under the write lock.
     current: RwLock<Current>,
-    dump: Mutex<Option<Dump>>,
-    /// Held while the state is copied.
-    copying: Mutex<()>,
-    touched: Mutex<Touched>,
+    /// What apply touched, while somebody follows.
+    touched: Mutex<Option<Touched>>,
+    /// Rows are being moved aside.
+    moving: AtomicBool,
+    /// Why that failed.
+    move_failed: Mutex<Option<MachineError>>,
     changed: tokio::sync::watch::Sender<u64>,
     incoming: Mutex<u64>,
 }
@@ -126,6 +133,8 @@ impl Machine {
         let opened = open_generation(ground, &state, generation);
         let current = match opened {
             Ok(current) => current,
+            // Not damage: nothing is set aside for it.
+            Err(error @ MachineError::Kv(KvError::NewerFormat { .. })) => return Err(error),
             Err(error) => {
                 tracing::error!(%error, "the state does not open; rebuilding it from the newest snapshot");
                 rebuild(ground, dir, generation)?
@@ -138,9 +147,9 @@ impl Machine {
                 ground: ground.clone(),
                 dir: dir.to_owned(),
                 current: RwLock::new(current),
-                dump: Mutex::new(None),
-                copying: Mutex::new(()),
-                touched: Mutex::new(Touched::default()),
+                touched: Mutex::new(None),
+                moving: AtomicBool::new(false),
+                move_failed: Mutex::new(None),
                 changed: tokio::sync::watch::Sender::new(applied),
                 incoming: Mutex::new(0),
             }),
@@ -185,7 +194,7 @@ impl Machine {
     }
 
     /// Reads under one consistent view. Keep it short: apply waits.
-    pub fn read<T>(&self, read: impl FnOnce(&State<&SledKv>) -> T) -> T {
+    pub fn read<T>(&self, read: impl FnOnce(&State<&Rows>) -> T) -> T {
         let current = self.shared.current.read();
         read(&State::new(&current.kv))
     }
@@ -205,21 +214,28 @@ impl Machine {
         self.shared.changed.subscribe()
     }
 
-    /// What apply touched since this was asked last.
-    pub fn take_touched(&self) -> Touched {
-        std::mem::take(&mut self.shared.touched.lock())
+    /// From here on what apply touches is remembered, for [`Self::take_touched`]. Whoever reads after this call and follows what was
+    /// touched misses nothing.
+    pub fn follow_touched(&self) {
+        *self.shared.touched.lock() = Some(Touched::default());
     }
 
-    /// Runs `read` on a view of which everything that [`Self::take_touched`] reports later is newer, and forgets what was touched
-    /// before: how an index is built.
-    pub fn read_afresh<T>(&self, read: impl FnOnce(&State<&SledKv>) -> T) -> T {
-        let current = self.shared.current.read();
-        *self.shared.touched.lock() = Touched::default();
-        read(&State::new(&current.kv))
+    /// Nobody asks for what was touched any more.
+    pub fn forget_touched(&self) {
+        *self.shared.touched.lock() = None;
+    }
+
+    /// What apply touched since this was asked last; nothing if nobody follows.
+    pub fn take_touched(&self) -> Touched {
+        let mut touched = self.shared.touched.lock();
+        touched.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Applies entries and commits them with the id of the last. Says as well whether [`Self::relieve`] is due.
-    pub fn apply(&self, entries: Vec<LogEntry>) -> Result<(Vec<Response>, bool), MachineError> {
+    pub fn apply(&self, entries: Vec<LogEntry>) -> Result<(Vec<Response>, Fill), MachineError> {
+        if let Some(failed) = self.shared.move_failed.lock().take() {
+            return Err(failed);
+        }
         // Only this function writes, and openraft calls it from one task: reading before the write lock is safe.
         let applier = &*self.shared.ground.applier;
         let (batch, touched, raft, responses) = {
@@ -244,8 +260,7 @@ impl Machine {
             let (batch, touched) = state.into_changes();
             (batch, touched, raft, responses)
         };
-        let full = self.commit(batch, touched, raft)?;
-        Ok((responses, full))
+        Ok((responses, self.commit(batch, touched, raft)))
     }
 
     /// Moves the rows that are only in memory so far to the store below.
@@ -254,24 +269,18 @@ impl Machine {
         Ok(kv.relieve()?)
     }
 
-    fn commit(
-        &self,
-        mut batch: Batch,
-        touched: Touched,
-        raft: RaftRow,
-    ) -> Result<bool, MachineError> {
+    fn commit(&self, mut batch: Batch, touched: Touched, raft: RaftRow) -> Fill {
         batch.insert(RAFT_ROW.to_vec(), Some(crate::state::row::encode(&raft)));
         let mut current = self.shared.current.write();
-        if let Some(dump) = self.shared.dump.lock().as_mut() {
-            dump.before_commit(&current.kv, &batch)?;
-        }
-        let full = current.kv.commit(batch);
+        let fill = current.kv.commit(batch);
         let applied = raft.applied.map_or(0, |id| id.index);
         current.raft = raft;
-        self.shared.touched.lock().merge(touched);
+        if let Some(followed) = self.shared.touched.lock().as_mut() {
+            followed.merge(touched);
+        }
         drop(current);
         self.shared.changed.send_replace(applied);
-        Ok(full)
+        fill
     }
 
     /// Makes what was applied durable.
@@ -290,8 +299,6 @@ impl Machine {
         let applied = raft.applied.map_or(0, |id| id.index);
         let old = {
             let mut current = self.shared.current.write();
-            // A copy of the replaced state that is under way has nothing to go on with.
-            *self.shared.dump.lock() = None;
             std::mem::replace(&mut *current, Current { kv, raft })
         };
         drop(old);
@@ -301,7 +308,7 @@ impl Machine {
     }
 }
 
-pub(crate) fn load_raft_row(kv: &SledKv) -> Result<RaftRow, KvError> {
+pub(crate) fn load_raft_row(kv: &Rows) -> Result<RaftRow, KvError> {
     let value = kv.get(RAFT_ROW)?;
     let row = value.map(|value| crate::state::row::decode(RAFT_ROW, &value));
     Ok(row.transpose()?.unwrap_or_default())
@@ -322,7 +329,13 @@ fn open_generation(
     state: &Path,
     generation: u64,
 ) -> Result<Current, MachineError> {
-    let kv = SledKv::open_verified(&*ground.stores, state, generation)?;
+    let kv = match Rows::open_verified(&*ground.stores, state, generation) {
+        Err(KvError::OldFormat) => {
+            tracing::info!("the state is of an older format; it is copied into the present one");
+            older::copy(ground, state, generation)?
+        }
+        opened => opened?,
+    };
     let raft = load_raft_row(&kv)?;
     Ok(Current { kv, raft })
 }
@@ -333,19 +346,31 @@ fn load_generation(
     state: &Path,
     generation: u64,
     path: &Path,
-) -> Result<SledKv, MachineError> {
-    let dir = SledKv::dir(state, generation);
+) -> Result<Rows, MachineError> {
+    fill_generation(ground, state, generation, |kv| {
+        snapshot::read_rows(&*ground.media, path, |batch| match kv.commit(batch) {
+            Fill::Room => Ok(()),
+            Fill::Due | Fill::Full => kv.relieve(),
+        })?;
+        Ok(())
+    })
+}
+
+fn fill_generation(
+    ground: &Ground,
+    state: &Path,
+    generation: u64,
+    fill: impl FnOnce(&Rows) -> Result<(), MachineError>,
+) -> Result<Rows, MachineError> {
+    let dir = Rows::dir(state, generation);
     let stores = &*ground.stores;
     if stores.exists(&dir) {
         stores
             .remove(&dir)
             .map_err(MachineError::io("remove", &dir))?;
     }
-    let kv = SledKv::open(stores, state, generation)?;
-    snapshot::read_rows(&*ground.media, path, |batch| match kv.commit(batch) {
-        true => kv.relieve(),
-        false => Ok(()),
-    })?;
+    let kv = Rows::open(stores, state, generation)?;
+    fill(&kv)?;
     kv.flush()?;
     durable::store(&*ground.media, &state.join("current"), &generation)?;
     Ok(kv)
@@ -354,7 +379,7 @@ fn load_generation(
 fn rebuild(ground: &Ground, dir: &Path, generation: u64) -> Result<Current, MachineError> {
     let state = dir.join("state");
     let aside = state.join(format!("damaged-{generation:08x}"));
-    let damaged = SledKv::dir(&state, generation);
+    let damaged = Rows::dir(&state, generation);
     let stores = &*ground.stores;
     if stores.exists(&aside) {
         stores
@@ -368,7 +393,7 @@ fn rebuild(ground: &Ground, dir: &Path, generation: u64) -> Result<Current, Mach
     let kv = match snapshot::newest(&*ground.media, dir)? {
         Some(path) => load_generation(ground, &state, next, &path)?,
         None => {
-            let kv = SledKv::open(stores, &state, next)?;
+            let kv = Rows::open(stores, &state, next)?;
             durable::store(&*ground.media, &state.join("current"), &next)?;
             kv
         }
@@ -377,11 +402,7 @@ fn rebuild(ground: &Ground, dir: &Path, generation: u64) -> Result<Current, Mach
     Ok(Current { kv, raft })
 }
 
-fn remove_other_generations(
-    ground: &Ground,
-    state: &Path,
-    kv: &SledKv,
-) -> Result<(), MachineError> {
+fn remove_other_generations(ground: &Ground, state: &Path, kv: &Rows) -> Result<(), MachineError> {
     let names = ground
         .stores
         .list(state)

@@ -8,6 +8,7 @@
 //! is cut before anybody joins: who joins must take the snapshot, for the log alone does not lead to this state.
 
 use crate::backup;
+use crate::machine::rows::Fill;
 use crate::machine::{Machine, MachineError};
 use crate::node::datadir::{DataDir, NodeFile};
 use crate::node::{self, Core, NodeError};
@@ -101,7 +102,7 @@ pub async fn recover(options: RecoverOptions) -> Result<Recovery, NodeError> {
             let entries = log.entries(next)?;
             let Some(newest) = entries.last() else { break };
             next = newest.log_id.index + 1;
-            if machine.apply(entries)?.1 {
+            if machine.apply(entries)?.1 != Fill::Room {
                 machine.relieve()?;
             }
         }

@@ -15,6 +15,7 @@ pub mod backends;
 pub mod command;
 pub mod kv;
 pub mod members;
+pub mod record_set;
 pub mod records;
 pub mod row;
 pub mod sessions;
@@ -29,8 +30,10 @@ pub(crate) mod tests;
 use command::{Command, Entry, Reply};
 use kv::{Batch, Kv, KvError};
 use qsfs_proto::api::{Applied, MetadError, Mutation};
-use qsfs_zstor::id::{BackendId, DatafileId, VolumeId};
+use qsfs_zstor::id::BackendId;
+use record_set::RecordSet;
 use std::collections::BTreeSet;
+use std::ops::Bound;
 
 /// What one command did: an answer, or a refusal that changed nothing.
 pub type Outcome = Result<Reply, MetadError>;
@@ -50,7 +53,7 @@ pub enum Stop {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Touched {
     /// Records written or removed.
-    pub records: BTreeSet<(VolumeId, DatafileId)>,
+    pub records: RecordSet,
     /// Backends written.
     pub backends: BTreeSet<BackendId>,
     /// Volumes were created, altered or deleted.
@@ -69,7 +72,6 @@ impl Touched {
 
     /// Adds what `other` holds.
     pub fn merge(&mut self, other: Self) {
-        // Not `append`: that rebuilds the whole set for the few names an entry adds.
         self.records.extend(other.records);
         self.backends.extend(other.backends);
         self.volumes |= other.volumes;
@@ -120,45 +122,29 @@ impl<K: Kv> State<K> {
         until: &[u8],
         max: usize,
     ) -> Result<Vec<kv::Pair>, KvError> {
-        let mut found = Vec::new();
-        let mut cursor = from.to_vec();
-        loop {
-            let page = self.kv.range(&cursor, until, max)?;
-            let full = page.len() == max;
-            let end = match page.last() {
-                Some((last, _)) if full => kv::after(last),
-                _ => until.to_vec(),
+        let layers = [&self.batch, &self.entry];
+        let over = (Bound::Included(from), Bound::Excluded(until));
+        let touched = |layer: &&Batch| layer.range::<[u8], _>(over).next().is_some();
+        if from >= until || !layers.iter().any(touched) {
+            return self.kv.range(from, until, max);
+        }
+        let page_rows = max.min(row::PAGE_ROWS);
+        let (mut page, mut next) = (Vec::new().into_iter(), Some(from.to_vec()));
+        let stored = || {
+            if let Some(pair) = page.next() {
+                return Ok(Some(pair));
+            }
+            let Some(cursor) = next.take() else {
+                return Ok(None);
             };
-            found.extend(self.overlaid(page, &cursor, &end));
-            if !full || found.len() >= max {
-                found.truncate(max);
-                return Ok(found);
+            let read: Vec<kv::Pair> = self.kv.range(&cursor, until, page_rows)?;
+            if read.len() == page_rows {
+                next = read.last().map(|(last, _)| kv::after(last));
             }
-            cursor = end;
-        }
-    }
-
-    fn overlaid(&self, page: Vec<kv::Pair>, from: &[u8], until: &[u8]) -> Vec<kv::Pair> {
-        if self.batch.is_empty() && self.entry.is_empty() || from >= until {
-            return page;
-        }
-        let bounds = (
-            std::ops::Bound::Included(from.to_vec()),
-            std::ops::Bound::Excluded(until.to_vec()),
-        );
-        let mut merged: Batch = page
-            .into_iter()
-            .map(|(key, value)| (key, Some(value)))
-            .collect();
-        for layer in [&self.batch, &self.entry] {
-            for (key, value) in layer.range(bounds.clone()) {
-                merged.insert(key.clone(), value.clone());
-            }
-        }
-        merged
-            .into_iter()
-            .filter_map(|(key, value)| value.map(|value| (key, value)))
-            .collect()
+            page = read.into_iter();
+            Ok(page.next())
+        };
+        kv::overlaid(&layers, stored, (from, until), max)
     }
 
     pub(crate) fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {

@@ -46,7 +46,7 @@ pub struct QuorumStatus {
 }
 
 /// What may still be lost before data is unavailable.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub struct LossBudget {
     /// Any so many more locations.
     pub locations: u32,

@@ -60,6 +60,11 @@ pub(crate) const FINDINGS: &[(&str, &str, &str)] = &[
         "Nothing for a few. If one backend has many, its disk is failing: `qsfs backend drain ID --apply`.",
     ),
     (
+        "COUNTING",
+        "The leading metad has not looked at all encoding records since it leads, or since backends that hold much of them changed.",
+        "Nothing: with millions of records it takes some ten seconds. Until then what is missing may be more than is said.",
+    ),
+    (
         "RESILVER_WAITING",
         "There are shards to make, and the text says what that waits for.",
         "Give it what it waits for: usually backends with room, at the right location.",

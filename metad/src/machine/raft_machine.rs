@@ -1,15 +1,19 @@
 //! openraft's view of the state machine. Blocking work runs off the async threads.
 
-use super::dump::Dump;
+use super::rows::Fill;
 use super::snapshot::{self, Meta, SnapshotFile};
 use super::{Machine, MachineError};
 use crate::ground;
 use crate::raft::{LogEntry, LogId, Response, StorageError, StoredMembership, TypeConfig};
-use crate::state::kv::{KvError, Pair};
+use crate::state::kv::{KvError, Pair, after};
 use openraft::storage::RaftStateMachine;
 use openraft::{
     AnyError, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta, StorageIOError,
 };
+use std::sync::atomic::Ordering;
+
+/// Rows copied at once.
+const COPY_ROWS: usize = 2_048;
 
 fn failed(error: &MachineError) -> StorageError {
     StorageIOError::write_state_machine(AnyError::error(error.to_string())).into()
@@ -49,12 +53,11 @@ impl Machine {
             &mut dyn FnMut() -> Result<Vec<Pair>, KvError>,
         ) -> Result<T, MachineError>,
     ) -> Result<T, MachineError> {
-        // One copy at a time: there is one place for what it has to remember.
-        let _one = self.shared.copying.lock();
-        let raft = {
+        let (raft, view, generation) = {
+            // No apply is under way: what is copied and the id of the last applied entry belong together.
             let current = self.shared.current.write();
-            *self.shared.dump.lock() = Some(Dump::default());
-            current.raft.clone()
+            let generation = current.kv.generation();
+            (current.raft.clone(), current.kv.view(), generation)
         };
         let id = raft.applied.map_or("empty".to_owned(), |id| id.to_string());
         let meta = SnapshotMeta {
@@ -62,15 +65,32 @@ impl Machine {
             last_membership: raft.membership,
             snapshot_id: id,
         };
-        let written = write(&meta, &mut || {
-            let current = self.shared.current.read();
-            match self.shared.dump.lock().as_mut() {
-                Some(dump) => dump.page(&current.kv),
-                None => Err(KvError::Replaced),
+        let mut from = Vec::new();
+        write(&meta, &mut || {
+            if self.shared.current.read().kv.generation() != generation {
+                return Err(KvError::Replaced);
             }
-        });
-        *self.shared.dump.lock() = None;
-        written
+            let page = view.page(&from, COPY_ROWS)?;
+            if let Some((last, _)) = page.last() {
+                from = after(last);
+            }
+            Ok(page)
+        })
+    }
+
+    /// Moves rows to the store while applies go on; a failure is told to the next apply.
+    fn relieve_aside(&self) {
+        if self.shared.moving.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let machine = self.clone();
+        let moved = self.shared.ground.work.run(Box::new(move || {
+            if let Err(error) = machine.relieve() {
+                *machine.shared.move_failed.lock() = Some(error);
+            }
+            machine.shared.moving.store(false, Ordering::Release);
+        }));
+        tokio::spawn(moved);
     }
 }
 
@@ -100,10 +120,14 @@ impl RaftStateMachine<TypeConfig> for Machine {
     {
         // In place: it is memory's work, and handing it over would cost more. What reaches the disk is done aside.
         let applied = Self::apply(self, entries.into_iter().collect());
-        let (responses, full) = applied.map_err(|error| failed(&error))?;
-        if full {
-            let machine = self.clone();
-            blocking(self, move || machine.relieve()).await?;
+        let (responses, fill) = applied.map_err(|error| failed(&error))?;
+        match fill {
+            Fill::Room => {}
+            Fill::Due => self.relieve_aside(),
+            Fill::Full => {
+                let machine = self.clone();
+                blocking(self, move || machine.relieve()).await?;
+            }
         }
         Ok(responses)
     }

@@ -382,7 +382,7 @@ fn publish(media: &dyn Media, dir: &Path, part: &Path, path: &Path) -> Result<()
         .sync_dir(&folder)
         .map_err(MachineError::io("sync", &folder))?;
     for old in finished(media, dir)? {
-        if old != *path {
+        if old < *path {
             media
                 .remove(&old)
                 .map_err(MachineError::io("remove", &old))?;

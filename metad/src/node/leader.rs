@@ -4,13 +4,13 @@ use super::agents;
 use super::consensus::Consensus;
 use super::members;
 use super::soft::{Soft, Term};
-use crate::ground;
 use crate::machine::MachineError;
 use crate::plan::facts::RunningJob;
 use crate::plan::index::Index;
 use crate::plan::{Decision, Limits, plan};
 use crate::state::Touched;
 use crate::state::command::Command;
+use crate::state::kv::KvError;
 use qsfs_proto::api::AgentOrder;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +21,12 @@ const COALESCE: Duration = Duration::from_millis(10);
 
 /// Pause after a proposal that failed.
 const RETRY_MS: u64 = 500;
+
+/// Steps of the index before a term begins; with more records it begins before all are assessed.
+const BEGIN_STEPS: usize = 64;
+
+/// Steps of the index between two plans.
+const FOLLOW_STEPS: usize = 64;
 
 /// Longest sleep without any event.
 const IDLE: Duration = Duration::from_secs(60);
@@ -59,6 +65,7 @@ pub(crate) async fn run(consensus: Consensus, soft: Arc<Soft>, stop: Cancellatio
         }
         lead(&consensus, &soft, term, &stop).await;
         soft.end_term();
+        consensus.machine().forget_touched();
         if stop.is_cancelled() {
             return;
         }
@@ -66,22 +73,46 @@ pub(crate) async fn run(consensus: Consensus, soft: Arc<Soft>, stop: Cancellatio
     }
 }
 
-async fn begin(consensus: &Consensus) -> Result<Term, MachineError> {
-    let machine = consensus.machine().clone();
-    let work = Arc::clone(&machine.ground().work);
-    #[expect(
-        clippy::redundant_closure,
-        reason = "the bare function is not general enough over the lifetime of the view"
-    )]
-    let built = ground::blocking(&work, move || machine.read_afresh(|s| Index::build(s)));
-    let index = built
-        .await
-        .map_err(std::io::Error::other)
-        .map_err(MachineError::io(
-            "build the index in",
-            std::path::Path::new("state"),
-        ))??;
+#[expect(
+    clippy::redundant_closure,
+    reason = "the bare function is not general enough over the lifetime of the view"
+)]
+async fn begin(consensus: &Consensus) -> Result<Term, KvError> {
+    let machine = consensus.machine();
+    machine.follow_touched();
+    let mut index = machine.read(|state| Index::begin(state))?;
+    for _ in 0..BEGIN_STEPS {
+        if !machine.read(|state| index.advance(state))? {
+            break;
+        }
+        tokio::task::yield_now().await;
+    }
     Ok(Term::new(index, consensus.now_ms()))
+}
+
+/// Lets the index follow, in steps between which others get at it and at the state. Answers whether more is to be done.
+async fn follow(
+    consensus: &Consensus,
+    soft: &Soft,
+    touched: &Touched,
+) -> Result<bool, MachineError> {
+    let machine = consensus.machine();
+    let noted = soft.with(|term| {
+        machine.read(|state| term.index.note(state, touched))?;
+        if touched.tombstones {
+            term.index.retry_stuck();
+        }
+        Ok::<_, KvError>(())
+    });
+    noted.transpose()?;
+    for _ in 0..FOLLOW_STEPS {
+        let step = soft.with(|term| machine.read(|state| term.index.advance(state)));
+        if !step.transpose()?.unwrap_or(false) {
+            return Ok(false);
+        }
+        tokio::task::yield_now().await;
+    }
+    Ok(true)
 }
 
 async fn lead(consensus: &Consensus, soft: &Arc<Soft>, term: u64, stop: &CancellationToken) {
@@ -122,12 +153,9 @@ async fn lead(consensus: &Consensus, soft: &Arc<Soft>, term: u64, stop: &Cancell
 async fn think(consensus: &Consensus, soft: &Arc<Soft>) -> Result<Option<u64>, MachineError> {
     let now_ms = consensus.now_ms();
     let touched = consensus.machine().take_touched();
+    let more = follow(consensus, soft, &touched).await?;
     let planned = soft.with(|term| {
         consensus.machine().read(|state| {
-            term.index.follow(state, &touched)?;
-            if touched.tombstones {
-                term.index.retry_stuck();
-            }
             term.facts.expire(now_ms);
             let limits = Limits::default();
             plan(state, &mut term.index, &term.facts, now_ms, &limits)
@@ -138,7 +166,10 @@ async fn think(consensus: &Consensus, soft: &Arc<Soft>) -> Result<Option<u64>, M
     };
     let planned = planned?;
     tell_agents(soft, &touched);
-    let mut wake_at_ms = planned.wake_at_ms;
+    let mut wake_at_ms = planned.wake_at_ms.filter(|_| !more);
+    if more {
+        wake_at_ms = Some(now_ms);
+    }
     let mut proposals = Vec::new();
     soft.with(|term| {
         term.plan = planned;

@@ -4,7 +4,7 @@ use super::consensus::Consensus;
 use super::network::Network;
 use super::soft::{Soft, WriterReport};
 use super::{admission, agents, members, status};
-use crate::machine::sled_kv::SledKv;
+use crate::machine::rows::Rows;
 use crate::placing;
 use crate::state::State;
 use crate::state::command::{Command, Reply, Request};
@@ -66,7 +66,7 @@ impl Service {
 
     pub(super) fn read<T>(
         &self,
-        read: impl FnOnce(&State<&SledKv>) -> Result<T, KvError>,
+        read: impl FnOnce(&State<&Rows>) -> Result<T, KvError>,
     ) -> Result<T, CallError> {
         self.consensus.machine().read(read).map_err(|e| damaged(&e))
     }

@@ -8,7 +8,8 @@ use super::members;
 use super::network::Network;
 use super::soft::{Soft, Term, WriterReport};
 use crate::ground;
-use crate::machine::sled_kv::SledKv;
+use crate::machine::Machine;
+use crate::machine::rows::Rows;
 use crate::plan::index::{Index, VolumeHealth};
 use crate::state::State;
 use crate::state::backends::BackendLoad;
@@ -34,6 +35,8 @@ struct LeaderView {
     resilver: ResilverStatus,
     bad_shards: u64,
     leader_since_ms: Option<u64>,
+    /// Not all records were looked at yet.
+    counting: bool,
 }
 
 /// What the state holds.
@@ -65,7 +68,7 @@ pub(super) async fn gather(
     ))
 }
 
-fn state_view(state: &State<&SledKv>) -> Result<StateView, KvError> {
+fn state_view(state: &State<&Rows>) -> Result<StateView, KvError> {
     let mut volumes = Vec::new();
     for volume in state.volumes()? {
         let totals = state.volume_totals(volume.id)?;
@@ -101,6 +104,7 @@ fn leader_view(term: &mut Term, now_ms: u64) -> LeaderView {
         },
         bad_shards,
         leader_since_ms: Some(term.facts.leader_since_ms),
+        counting: term.index.is_counting(),
     }
 }
 
@@ -108,11 +112,7 @@ fn leader_view(term: &mut Term, now_ms: u64) -> LeaderView {
 async fn follower_view(consensus: &Consensus) -> Result<LeaderView, KvError> {
     let machine = consensus.machine().clone();
     let work = std::sync::Arc::clone(&machine.ground().work);
-    #[expect(
-        clippy::redundant_closure,
-        reason = "the bare function is not general enough over the lifetime of the view"
-    )]
-    let built = ground::blocking(&work, move || machine.read(|state| Index::build(state)));
+    let built = ground::blocking(&work, move || count(&machine));
     let index = match built.await {
         Ok(index) => index?,
         Err(_) => Index::default(),
@@ -129,7 +129,19 @@ async fn follower_view(consensus: &Consensus) -> Result<LeaderView, KvError> {
         },
         bad_shards,
         leader_since_ms: None,
+        counting: false,
     })
+}
+
+/// In steps, so that applies get on.
+#[expect(
+    clippy::redundant_closure,
+    reason = "the bare function is not general enough over the lifetime of the view"
+)]
+fn count(machine: &Machine) -> Result<Index, KvError> {
+    let mut index = machine.read(|state| Index::begin(state))?;
+    while machine.read(|state| index.advance(state))? {}
+    Ok(index)
 }
 
 fn health(index: &Index) -> BTreeMap<qsfs_zstor::id::VolumeId, VolumeHealth> {
@@ -172,6 +184,7 @@ fn assemble(
         volumes: &volumes,
         members,
         leads: view.leader_since_ms.is_some(),
+        counting: view.counting,
         bad_shards: view.bad_shards,
         resilver: &view.resilver,
     };

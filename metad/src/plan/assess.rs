@@ -52,7 +52,7 @@ pub fn shard_health(shard: &Shard, backend: Option<&Backend>) -> ShardHealth {
 }
 
 /// A record in a few bytes, for an index of all of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Assessment {
     /// What may still be lost.
     pub budget: LossBudget,

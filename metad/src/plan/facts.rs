@@ -2,7 +2,7 @@
 
 use crate::state::tombstones::Place;
 use qsfs_proto::api::BackendFacts;
-use qsfs_zstor::id::{AgentId, BackendId, DatafileId, VolumeId};
+use qsfs_zstor::id::{AgentId, BackendId};
 use std::collections::BTreeMap;
 
 /// A job without news for so long is given up and planned again.
@@ -14,8 +14,7 @@ pub const DELETION_DEADLINE_MS: u64 = 60_000;
 /// First and longest pause after a failed rebuild of a record.
 pub const RETRY_MS: (u64, u64) = (500, 60_000);
 
-/// A record.
-pub type RecordName = (VolumeId, DatafileId);
+pub use crate::state::record_set::RecordName;
 
 /// A rebuild under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 //! Invariants: ranges come in key order; a batch becomes visible whole or not at all.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 
 /// A key and its value.
 pub type Pair = (Vec<u8>, Vec<u8>);
@@ -19,6 +20,23 @@ pub enum KvError {
     /// The state was replaced by a newer snapshot while it was being copied.
     #[error("the state was replaced while it was being copied")]
     Replaced,
+    /// The store's own pages contradict each other or do not verify.
+    #[error("the state store is damaged: {0}")]
+    Damaged(String),
+    /// The store was written by a version before this one; it is brought up to date when the node is started.
+    #[error("the state store is of format 1: it is brought up to date when this node is started")]
+    OldFormat,
+    /// The store was written by a newer version.
+    #[error(
+        "the state store is of format {found}, and this version of metad knows formats up to {known}: run the newer version on this node, or \
+         make the node anew from its peers"
+    )]
+    NewerFormat {
+        /// As written there.
+        found: u32,
+        /// The newest one that is known here.
+        known: u32,
+    },
     /// A row does not decode: the state is damaged or was written by a newer version.
     #[error("state row {key} does not decode ({reason}): restore this node from its peers")]
     Row {
@@ -83,6 +101,52 @@ impl Kv for MemoryKv {
         let pairs = self.rows.range(from.to_vec()..until.to_vec()).take(max);
         Ok(pairs.map(|(k, v)| (k.clone(), v.clone())).collect())
     }
+}
+
+/// `[from, until)` of sorted sequences seen as one, at most `max` pairs: `layers`, oldest first, over `stored`, which hands out its
+/// pairs of that range one by one. Where several have a key, the newest is right.
+pub fn overlaid(
+    layers: &[&Batch],
+    mut stored: impl FnMut() -> Result<Option<Pair>, KvError>,
+    (from, until): (&[u8], &[u8]),
+    max: usize,
+) -> Result<Vec<Pair>, KvError> {
+    let mut found = Vec::new();
+    if from >= until {
+        return Ok(found);
+    }
+    let bounds = (Bound::Included(from), Bound::Excluded(until));
+    let mut over: Vec<_> = layers
+        .iter()
+        .map(|layer| layer.range::<[u8], _>(bounds).peekable())
+        .collect();
+    let mut below = None;
+    let mut ended = false;
+    while found.len() < max {
+        if below.is_none() && !ended {
+            below = stored()?;
+            ended = below.is_none();
+        }
+        let heads = over.iter_mut().filter_map(|o| Some(o.peek()?.0));
+        let least = heads.min();
+        let (key, mut value) = match (least, below.take()) {
+            (None, None) => break,
+            (None, Some((key, value))) => (key, Some(value)),
+            (Some(key), None) => (key.clone(), None),
+            (Some(least), Some((key, value))) if key <= *least => (key, Some(value)),
+            (Some(least), pair) => {
+                below = pair;
+                (least.clone(), None)
+            }
+        };
+        for layer in &mut over {
+            if let Some((_, newer)) = layer.next_if(|(k, _)| **k == key) {
+                value.clone_from(newer);
+            }
+        }
+        found.extend(value.map(|value| (key, value)));
+    }
+    Ok(found)
 }
 
 /// The smallest key greater than `key`.

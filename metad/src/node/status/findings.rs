@@ -38,6 +38,8 @@ pub struct Picture<'a> {
     pub members: &'a [Member],
     /// Drawn on the leader, who hears the others.
     pub leads: bool,
+    /// The leader has not looked at all records yet.
+    pub counting: bool,
     /// Shards reported missing or corrupt and not made again yet.
     pub bad_shards: u64,
     /// Re-silver.
@@ -60,6 +62,16 @@ pub fn find(picture: &Picture<'_>) -> Vec<Finding> {
     rooms(picture, &mut found);
     for volume in picture.volumes {
         volume_findings(volume, &mut found);
+    }
+    if picture.counting {
+        let text = "the leading metad has not looked at all records yet since it leads or since backends changed: what is missing may be \
+                    more than is said here";
+        found.push(finding(
+            "COUNTING",
+            "records",
+            StatusVerdict::Warning,
+            text.to_owned(),
+        ));
     }
     if picture.bad_shards > 0 {
         let text = format!(
