@@ -7,12 +7,14 @@
 //!
 //! Invariants: indexes are consecutive from the one after `purged`; a segment is begun only after the one before it is durable, so a
 //! torn tail can only be in the last one; only a prefix of the segments is ever deleted; `purged` is durable before that;
-//! an append is reported flushed only after its bytes are. Damage in the middle is never cut: the log refuses to open
-//! (and the node is renewed from its peers, `node/renewal.rs`).
+//! an append is reported flushed only after its bytes are durable, save a leader's own (`storage`). Damage in the middle is
+//! never cut: the log refuses to open (and the node is renewed from its peers, `node/renewal.rs`).
 
+pub mod gate;
 pub mod segments;
 pub mod storage;
 pub mod syncer;
+pub mod watermark;
 
 #[cfg(test)]
 mod tests;
@@ -82,6 +84,9 @@ pub enum LogError {
         /// The vote.
         path: PathBuf,
     },
+    /// A sync failed: what was written since the one before may be on the disk or not.
+    #[error("raft log: it does not become durable: {0}")]
+    NotDurable(String),
     /// The thread that syncs is gone.
     #[error("raft log: the syncing thread ended")]
     SyncerGone,

@@ -22,12 +22,13 @@ pub mod status;
 
 use crate::ground::{self, Ground, Sizes};
 use crate::log::LogError;
+use crate::log::gate::Gated;
 use crate::log::storage::LogStore;
 use crate::machine::{Machine, MachineError};
 use crate::raft::{LogId, Raft};
 use consensus::Consensus;
 use datadir::{DataDir, NodeFile};
-use network::{Inbound, Network, Way};
+use network::{Inbound, Network, Outbound, Way};
 use openraft::{Config, SnapshotPolicy};
 use qsfs_proto::api::MetadError;
 use qsfs_proto::ca::{CaError, CertificateAuthority};
@@ -170,7 +171,7 @@ pub(crate) struct Core {
     pub(crate) log: LogStore,
 }
 
-fn raft_config(sizes: &Sizes) -> Arc<Config> {
+pub(crate) fn raft_config(sizes: &Sizes) -> Arc<Config> {
     let config = Config {
         cluster_name: "qsfs".into(),
         heartbeat_interval: HEARTBEAT_MS,
@@ -270,12 +271,13 @@ pub(crate) async fn start_on(
     let opening = move || open(&standing, &path, cluster, took_part);
     let opened = ground::blocking(&ground.work, opening).await;
     let (log, machine) = opened.map_err(|error| NodeError::Raft(error.to_string()))??;
+    let log = log.of_node(id.0);
     let raft = Raft::new(
         id.0,
         raft_config(&ground.sizes),
-        network.clone(),
+        Outbound::new(network.clone(), log.clone()),
         log.clone(),
-        machine.clone(),
+        Gated::new(machine.clone(), log.clone()),
     )
     .await
     .map_err(|error| NodeError::Raft(error.to_string()))?;
@@ -428,7 +430,7 @@ async fn serve(
     let serving = qsfs_proto::server::serve(listener, identity, service, inbound, stop.clone());
     let ended = tokio::select! {
         served = serving => served.map_err(NodeError::from),
-        stopped = raft_stopped(&core.raft) => Err(NodeError::Raft(stopped)),
+        stopped = stopped(core) => Err(NodeError::Raft(stopped)),
     };
     stop.cancel();
     soft.end_term();
@@ -458,6 +460,14 @@ async fn bound_log(raft: Raft, log: LogStore, stop: CancellationToken) {
             tracing::warn!(%error, "no snapshot was begun");
             return;
         }
+    }
+}
+
+/// Returns when the node cannot go on, which a failed disk makes it do; with why.
+pub(crate) async fn stopped(core: &Core) -> String {
+    tokio::select! {
+        reason = raft_stopped(&core.raft) => reason,
+        reason = core.log.watermark().failure() => LogError::NotDurable(reason).to_string(),
     }
 }
 

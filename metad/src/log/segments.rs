@@ -300,6 +300,12 @@ impl Segments {
         (self.purged, last.or(self.purged))
     }
 
+    /// The id of a present entry, or of the newest purged one.
+    pub fn id_at(&self, index: u64) -> Option<LogId> {
+        let slot = self.slots.get(&index).map(|slot| slot.id);
+        slot.or(self.purged.filter(|purged| purged.index == index))
+    }
+
     /// Where the vote is kept.
     pub fn vote_path(&self) -> PathBuf {
         self.dir.join("vote")

@@ -1,6 +1,10 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 //! The log against a model, across restarts and crashes.
 
+mod cluster;
+mod hanging;
+mod leading;
+
 use super::LogError;
 use super::segments::Segments;
 use crate::raft::{LogEntry, LogId};
@@ -17,10 +21,14 @@ fn id(term: u64, index: u64) -> LogId {
     LogId::new(CommittedLeaderId::new(term, 1), index)
 }
 
+fn proposal(time_ms: u64) -> Entry {
+    Entry::internal(time_ms, Command::SetVerdicts(vec![]))
+}
+
 fn entry(term: u64, index: u64) -> LogEntry {
     LogEntry {
         log_id: id(term, index),
-        payload: EntryPayload::Normal(Entry::internal(term, Command::SetVerdicts(vec![]))),
+        payload: EntryPayload::Normal(proposal(term)),
     }
 }
 

@@ -1,7 +1,7 @@
 //! A node without data directory and certificates, on any ground: what simulations run. From the log upwards all is as in a daemon.
 
 use super::network::{Network, Way};
-use super::{Core, NodeError, Running, raft_stopped, start_on};
+use super::{Core, NodeError, Running, start_on, stopped};
 use crate::birth;
 use crate::ground::Ground;
 use crate::machine::Machine;
@@ -87,7 +87,7 @@ impl Bare {
 
     /// Returns when Raft gives up, with why.
     pub async fn failed(&self) -> String {
-        raft_stopped(&self.core.raft).await
+        stopped(&self.core).await
     }
 
     /// Ends its tasks; Raft goes on until the runtime ends.

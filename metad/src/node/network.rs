@@ -2,6 +2,7 @@
 //!
 //! The certificate of the caller names its Raft id; a request in the name of another node is refused.
 
+use crate::log::storage::LogStore;
 use crate::raft::{Raft, TypeConfig};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -110,17 +111,32 @@ impl Network {
     }
 }
 
-impl RaftNetworkFactory<TypeConfig> for Network {
+/// The network of a running Raft: what it sends passes its log.
+#[derive(Clone)]
+pub struct Outbound {
+    network: Network,
+    log: LogStore,
+}
+
+impl Outbound {
+    /// Sends in the name of this log.
+    pub fn new(network: Network, log: LogStore) -> Self {
+        Self { network, log }
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for Outbound {
     type Network = Connection;
 
     async fn new_client(&mut self, target: u64, node: &BasicNode) -> Connection {
         Connection {
-            way: self.way.clone(),
-            me: self.me,
+            way: self.network.way.clone(),
+            me: self.network.me,
             target,
             address: node.addr.clone(),
             peer: OnceCell::new(),
-            heard: Arc::clone(&self.heard),
+            heard: Arc::clone(&self.network.heard),
+            log: self.log.clone(),
         }
     }
 }
@@ -133,6 +149,7 @@ pub struct Connection {
     address: String,
     peer: OnceCell<RaftPeer>,
     heard: Heard,
+    log: LogStore,
 }
 
 type CallResult<T, E> = Result<T, RPCError<u64, BasicNode, E>>;
@@ -183,9 +200,12 @@ impl Connection {
 impl RaftNetwork<TypeConfig> for Connection {
     async fn append_entries(
         &mut self,
-        rpc: AppendEntriesRequest<TypeConfig>,
+        mut rpc: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
     ) -> CallResult<AppendEntriesResponse<u64>, RaftError<u64>> {
+        if let Err(silent) = self.log.hold_back(&mut rpc) {
+            return Err(RPCError::Unreachable(Unreachable::new(&silent)));
+        }
         self.call(RaftRpc::Append, &rpc, &option, RPCTypes::AppendEntries)
             .await
     }
