@@ -5,6 +5,7 @@
 //! It ends as the answer; as `NoQuorum` or `Unreachable` when certainly no attempt was applied; as `Unknown` otherwise.
 
 mod attempt;
+mod line;
 mod session;
 
 use crate::api::{
@@ -64,8 +65,8 @@ impl Default for Timing {
             read: Duration::from_secs(15),
             mutation: Duration::from_secs(30),
             backoff: Duration::from_millis(20),
-            // A new leader is there within about a second: whoever waits much longer between rounds misses it.
-            backoff_max: Duration::from_millis(200),
+            // A new leader is there within about half a second: whoever waits much longer between rounds misses it.
+            backoff_max: Duration::from_millis(100),
         }
     }
 }
@@ -233,13 +234,9 @@ impl MetadClient {
             id: pending.id.to_wire(),
             mutation: mutation.to_wire(),
         };
-        let applied = shared
-            .nodes
-            .run(Kind::Mutation, deadline, |mut stub, limit| {
-                let mut request = Request::new(message.clone());
-                request.set_timeout(limit);
-                async move { Ok(stub.mutate(request).await?.into_inner()) }
-            });
+        let applied = shared.nodes.run(Kind::Mutation, deadline, |open, limit| {
+            open.mutate(message.clone(), limit)
+        });
         Applied::from_wire(applied.await?).map_err(unreadable)
     }
 
@@ -436,7 +433,9 @@ impl MetadClient {
         let nodes = &self.shared.nodes;
         let deadline = Instant::now() + nodes.timing.read;
         nodes
-            .run(Kind::Read, deadline, |stub, _| session::open(stub, agent))
+            .run(Kind::Read, deadline, |open, _| {
+                session::open(open.stub, agent)
+            })
             .await
     }
 
@@ -454,7 +453,8 @@ impl MetadClient {
             stale: self.consistency == Consistency::Stale,
             query: query.to_wire(),
         };
-        let reply = shared.nodes.run(Kind::Read, deadline, |mut stub, limit| {
+        let reply = shared.nodes.run(Kind::Read, deadline, |open, limit| {
+            let mut stub = open.stub;
             let mut request = Request::new(message.clone());
             request.set_timeout(limit);
             async move { Ok(stub.ask(request).await?.into_inner()) }

@@ -251,6 +251,7 @@ pub async fn serve(
         own: identity.peer().clone(),
         service,
         raft,
+        shutdown: shutdown.clone(),
     });
     serve_connections(incoming(listener, config, kill), grpc, shutdown).await
 }
@@ -265,7 +266,12 @@ pub async fn serve_known(
 ) -> Result<(), ServeError> {
     let kill = CancellationToken::new();
     let _kill_at_end = kill.clone().drop_guard();
-    let grpc = Arc::new(Grpc { own, service, raft });
+    let grpc = Arc::new(Grpc {
+        own,
+        service,
+        raft,
+        shutdown: shutdown.clone(),
+    });
     let incoming = connections.map(move |(stream, peer)| Ok(known(stream, peer, &kill)));
     serve_connections(incoming, grpc, shutdown).await
 }

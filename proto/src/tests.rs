@@ -4,5 +4,6 @@
 mod client;
 mod fake;
 mod identity;
+mod old;
 mod server;
 mod tls;

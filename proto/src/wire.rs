@@ -300,34 +300,41 @@ macro_rules! wire_oneof {
 
 pub(crate) use {required, wire_enum, wire_list, wire_oneof, wire_struct};
 
+/// The error as a message.
+pub(crate) fn failure_of(error: &CallError) -> pb::Failure {
+    let kind = match error {
+        CallError::NotLeader { leader } => pb::failure::Kind::NotLeader(pb::NotLeader {
+            leader: leader.clone(),
+        }),
+        CallError::Refused(error) => pb::failure::Kind::Refused(shortened(error).to_wire()),
+    };
+    pb::Failure { kind: Some(kind) }
+}
+
+/// A failure as the gRPC status that carries it.
+pub(crate) fn status_with(code: tonic::Code, failure: &pb::Failure) -> tonic::Status {
+    tonic::Status::with_details(code, "see details", failure.encode_to_vec().into())
+}
+
 /// The error as a gRPC status: the domain error in the details, whole; the code only for other tools.
 pub(crate) fn status_of(error: &CallError) -> tonic::Status {
-    let (code, kind) = match error {
-        CallError::NotLeader { leader } => (
-            tonic::Code::Unavailable,
-            pb::failure::Kind::NotLeader(pb::NotLeader {
-                leader: leader.clone(),
-            }),
-        ),
-        CallError::Refused(error) => {
-            let code = match error {
-                MetadError::NoSuchVolume(_) | MetadError::NotFound(_) => tonic::Code::NotFound,
-                MetadError::Held { .. }
-                | MetadError::Fenced { .. }
-                | MetadError::PolicyUnmet(_) => tonic::Code::FailedPrecondition,
-                MetadError::VersionConflict { .. } => tonic::Code::Aborted,
-                MetadError::Exists(_) => tonic::Code::AlreadyExists,
-                MetadError::Denied(_) => tonic::Code::PermissionDenied,
-                MetadError::Token(_) => tonic::Code::Unauthenticated,
-                MetadError::Invalid(_) => tonic::Code::InvalidArgument,
-                MetadError::NoQuorum(_) | MetadError::Unreachable(_) => tonic::Code::Unavailable,
-                MetadError::Unknown(_) => tonic::Code::Unknown,
-            };
-            (code, pb::failure::Kind::Refused(shortened(error).to_wire()))
-        }
+    let code = match error {
+        CallError::NotLeader { .. } => tonic::Code::Unavailable,
+        CallError::Refused(error) => match error {
+            MetadError::NoSuchVolume(_) | MetadError::NotFound(_) => tonic::Code::NotFound,
+            MetadError::Held { .. } | MetadError::Fenced { .. } | MetadError::PolicyUnmet(_) => {
+                tonic::Code::FailedPrecondition
+            }
+            MetadError::VersionConflict { .. } => tonic::Code::Aborted,
+            MetadError::Exists(_) => tonic::Code::AlreadyExists,
+            MetadError::Denied(_) => tonic::Code::PermissionDenied,
+            MetadError::Token(_) => tonic::Code::Unauthenticated,
+            MetadError::Invalid(_) => tonic::Code::InvalidArgument,
+            MetadError::NoQuorum(_) | MetadError::Unreachable(_) => tonic::Code::Unavailable,
+            MetadError::Unknown(_) => tonic::Code::Unknown,
+        },
     };
-    let failure = pb::Failure { kind: Some(kind) };
-    tonic::Status::with_details(code, "see details", failure.encode_to_vec().into())
+    status_with(code, &failure_of(error))
 }
 
 /// The error in a status, if it is one of ours.

@@ -1,8 +1,9 @@
 //! The loop of attempts under every call of the client: which node next, when to pause, what the end means.
 
 use super::Timing;
+use super::line::Open;
 use crate::api::MetadError;
-use crate::channel::{Versioned, connect_over, describe, versioned};
+use crate::channel::{connect_over, describe, versioned};
 use crate::dial::Dial;
 use crate::server::{CallError, MESSAGE_BYTES_MAX};
 use crate::wire::pb::HelloRequest;
@@ -41,7 +42,7 @@ struct State {
     known: Vec<String>,
     /// Where the last call succeeded, or where a hint points.
     leader: Option<String>,
-    open: HashMap<String, Stub<Versioned>>,
+    open: HashMap<String, Open>,
 }
 
 /// How one attempt ended without an answer.
@@ -107,12 +108,12 @@ impl Nodes {
         }
     }
 
-    /// Tries until an answer, a refusal, or the deadline. `call` is given a stub and the attempt's deadline.
+    /// Tries until an answer, a refusal, or the deadline. `call` is given a connection and the attempt's deadline.
     pub(super) async fn run<T, F>(
         &self,
         kind: Kind,
         deadline: Instant,
-        call: impl Fn(Stub<Versioned>, Duration) -> F,
+        call: impl Fn(Open, Duration) -> F,
     ) -> Result<T, MetadError>
     where
         F: Future<Output = Result<T, Status>>,
@@ -184,15 +185,15 @@ impl Nodes {
         &self,
         address: &str,
         deadline: Instant,
-        call: &impl Fn(Stub<Versioned>, Duration) -> F,
+        call: &impl Fn(Open, Duration) -> F,
     ) -> Result<T, Failed>
     where
         F: Future<Output = Result<T, Status>>,
     {
-        let stub = self.stub(address, deadline).await?;
+        let open = self.open(address, deadline).await?;
         let left = deadline.saturating_duration_since(Instant::now());
         let limit = left.min(self.timing.attempt);
-        let ended = timeout(limit, call(stub, limit)).await;
+        let ended = timeout(limit, call(open, limit)).await;
         let failed = match ended {
             Ok(Ok(answer)) => return Ok(answer),
             Ok(Err(status)) => classify(&status),
@@ -209,9 +210,9 @@ impl Nodes {
     }
 
     /// An open connection, or a new one that has proven to be a node of our cluster: what fails here was certainly not sent.
-    async fn stub(&self, address: &str, deadline: Instant) -> Result<Stub<Versioned>, Failed> {
-        if let Some(stub) = self.lock().open.get(address) {
-            return Ok(stub.clone());
+    async fn open(&self, address: &str, deadline: Instant) -> Result<Open, Failed> {
+        if let Some(open) = self.lock().open.get(address) {
+            return Ok(open.clone());
         }
         let lost = |reason: String| Failed::Lost {
             reason,
@@ -243,8 +244,9 @@ impl Nodes {
         if ClusterId::from_wire(hello.cluster) != Ok(self.cluster) {
             return Err(lost("it is a node of another cluster".into()));
         }
-        self.lock().open.insert(address.to_owned(), stub.clone());
-        Ok(stub)
+        let open = Open::new(stub);
+        self.lock().open.insert(address.to_owned(), open.clone());
+        Ok(open)
     }
 
     fn learn(&self, leader: Option<&str>) {

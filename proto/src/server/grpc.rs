@@ -4,10 +4,10 @@ use super::accept::ConnectedPeer;
 use super::roles::{opens, permit_mutation, permit_query, permit_session};
 use super::{CallError, Consistency, MetadService, RaftTransport, SESSION_QUEUE_MAX};
 use crate::api::{AgentReport, MetadError, Mutation, Role};
-use crate::client::{PAGE_MAX, RECORDS_MAX};
+use crate::client::{MUTATIONS_IN_FLIGHT_MAX, PAGE_MAX, RECORDS_MAX};
 use crate::identity::PeerIdentity;
 use crate::verb::{Answer, Query};
-use crate::wire::{PROTOCOL_KEY, PROTOCOL_VERSION, Wire, WireError, pb, status_of};
+use crate::wire::{PROTOCOL_KEY, PROTOCOL_VERSION, Wire, WireError, failure_of, pb, status_of};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use qsfs_zstor::id::{AgentId, MetadId};
@@ -27,6 +27,8 @@ pub(super) struct Grpc {
     pub(super) own: PeerIdentity,
     pub(super) service: Arc<dyn MetadService>,
     pub(super) raft: Arc<dyn RaftTransport>,
+    /// Ends the streams that would outlive it.
+    pub(super) shutdown: CancellationToken,
 }
 
 fn refuse(error: MetadError) -> Status {
@@ -118,6 +120,7 @@ impl pb::raft_server::Raft for Grpc {
 #[tonic::async_trait]
 impl pb::metad_server::Metad for Grpc {
     type AgentSessionStream = BoxStream<'static, Result<pb::AgentOrder, Status>>;
+    type MutationsStream = BoxStream<'static, Result<pb::MutateReply, Status>>;
 
     async fn hello(
         &self,
@@ -134,17 +137,37 @@ impl pb::metad_server::Metad for Grpc {
         request: Request<pb::MutateRequest>,
     ) -> Result<Response<pb::Applied>, Status> {
         let peer = caller(request.extensions())?;
-        let message = request.into_inner();
-        let id = Wire::from_wire(message.id).map_err(invalid)?;
-        let mutation: Mutation = Wire::from_wire(message.mutation).map_err(invalid)?;
-        check_mutation_size(&mutation).map_err(invalid)?;
-        permit_mutation(&peer, &mutation).map_err(refuse)?;
-        let applied = self
-            .service
-            .mutate(&peer, id, mutation)
+        let applied = mutate(&*self.service, &peer, request.into_inner())
             .await
             .map_err(|error| status_of(&error))?;
-        Ok(Response::new(applied.to_wire()))
+        Ok(Response::new(applied))
+    }
+
+    async fn mutations(
+        &self,
+        request: Request<Streaming<pb::MutateCall>>,
+    ) -> Result<Response<Self::MutationsStream>, Status> {
+        let peer = Arc::new(caller(request.extensions())?);
+        let service = self.service.clone();
+        let calls = request
+            .into_inner()
+            .take_until(self.shutdown.clone().cancelled_owned());
+        let replies = calls.map(move |call| {
+            let (peer, service) = (peer.clone(), service.clone());
+            async move {
+                let pb::MutateCall { call, request } = call?;
+                let kind = match mutate(&*service, &peer, request.unwrap_or_default()).await {
+                    Ok(applied) => pb::mutate_reply::Kind::Applied(applied),
+                    Err(error) => pb::mutate_reply::Kind::Failure(failure_of(&error)),
+                };
+                Ok(pb::MutateReply {
+                    call,
+                    kind: Some(kind),
+                })
+            }
+        });
+        let replies = replies.buffer_unordered(MUTATIONS_IN_FLIGHT_MAX);
+        Ok(Response::new(replies.boxed()))
     }
 
     async fn ask(
@@ -236,6 +259,19 @@ async fn forward_reports(
             }
         }
     }
+}
+
+async fn mutate(
+    service: &dyn MetadService,
+    peer: &PeerIdentity,
+    message: pb::MutateRequest,
+) -> Result<pb::Applied, CallError> {
+    let invalid = |error: WireError| CallError::from(MetadError::Invalid(error.to_string()));
+    let id = Wire::from_wire(message.id).map_err(invalid)?;
+    let mutation: Mutation = Wire::from_wire(message.mutation).map_err(invalid)?;
+    check_mutation_size(&mutation).map_err(invalid)?;
+    permit_mutation(peer, &mutation)?;
+    Ok(service.mutate(peer, id, mutation).await?.to_wire())
 }
 
 fn at_most(what: &str, count: usize) -> Result<(), WireError> {
