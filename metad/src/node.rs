@@ -19,6 +19,7 @@ mod renewal;
 pub mod service;
 pub mod soft;
 pub mod status;
+pub mod vigil;
 
 use crate::ground::{self, Ground, Sizes};
 use crate::log::LogError;
@@ -53,6 +54,8 @@ const ELECTION_MS: (u64, u64) = (300, 450);
 const SNAPSHOT_BYTES: u64 = 64 << 20;
 /// Between two looks at them.
 const SNAPSHOT_LOOK: std::time::Duration = std::time::Duration::from_secs(1);
+/// Between two looks whether Raft has stopped.
+const STOPPED_LOOK: std::time::Duration = std::time::Duration::from_millis(100);
 
 /// Why a metad node could not be made, joined or run.
 #[derive(Debug, thiserror::Error)]
@@ -426,11 +429,13 @@ async fn serve(
         inbound,
         ..
     } = Running::start(core, authority, &stop);
+    let spoken = inbound.spoken().clone();
     tracing::info!(node = %node.name, listen = %node.listen, "metad serves");
     let serving = qsfs_proto::server::serve(listener, identity, service, inbound, stop.clone());
     let ended = tokio::select! {
         served = serving => served.map_err(NodeError::from),
         stopped = stopped(core) => Err(NodeError::Raft(stopped)),
+        () = vigil::run(core.raft.clone(), spoken, stop.clone()) => Ok(()),
     };
     stop.cancel();
     soft.end_term();
@@ -471,15 +476,16 @@ pub(crate) async fn stopped(core: &Core) -> String {
     }
 }
 
-/// Returns when Raft gives up, which a failed disk makes it do.
+/// Returns when Raft gives up, which a failed disk makes it do. It looks now and then: its metrics change with every message.
 async fn raft_stopped(raft: &Raft) -> String {
-    let mut metrics = raft.metrics();
+    let metrics = raft.metrics();
     loop {
-        if let Err(fatal) = &metrics.borrow_and_update().running_state {
+        if let Err(fatal) = &metrics.borrow().running_state {
             return fatal.to_string();
         }
-        if metrics.changed().await.is_err() {
+        if metrics.has_changed().is_err() {
             return "its task ended".into();
         }
+        tokio::time::sleep(STOPPED_LOOK).await;
     }
 }

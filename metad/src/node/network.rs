@@ -2,6 +2,7 @@
 //!
 //! The certificate of the caller names its Raft id; a request in the name of another node is refused.
 
+use super::vigil::Spoken;
 use crate::log::storage::LogStore;
 use crate::raft::{Raft, TypeConfig};
 use async_trait::async_trait;
@@ -237,12 +238,21 @@ impl RaftNetwork<TypeConfig> for Connection {
 #[derive(Clone)]
 pub struct Inbound {
     raft: Raft,
+    spoken: Spoken,
 }
 
 impl Inbound {
     /// Hands it to this Raft.
     pub fn new(raft: Raft) -> Self {
-        Self { raft }
+        Self {
+            raft,
+            spoken: Spoken::default(),
+        }
+    }
+
+    /// When each peer spoke last as leader.
+    pub fn spoken(&self) -> &Spoken {
+        &self.spoken
     }
 }
 
@@ -264,6 +274,7 @@ impl RaftTransport for Inbound {
             RaftRpc::Append => {
                 let request: AppendEntriesRequest<TypeConfig> = decode(&payload).map_err(text)?;
                 check_sender(from, &request.vote)?;
+                self.spoken.note(from.0);
                 Ok(encode(&self.raft.append_entries(request).await))
             }
             RaftRpc::Vote => {
