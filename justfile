@@ -17,3 +17,7 @@ demo:
 # the fuzz targets of the 0-db, SECONDS each
 fuzz SECONDS="5" *TARGETS:
     zdb/fuzz/run {{SECONDS}} {{TARGETS}}
+
+# three real metads under partitions, kill -9, SIGSTOP, full disks and changes of members, then all checkers; --help lists ARGS
+jepsen *ARGS:
+    cargo test -p qsfs --test metad_faults -- run {{ARGS}}

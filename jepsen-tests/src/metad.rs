@@ -9,7 +9,20 @@
 //! - [`history`]: events and their files
 //! - [`final_state`]: what is there when all faults are over
 //! - [`checkers`]: one file per property
+//!
+//! Real processes under real faults:
+//!
+//! ```text
+//!   plan (pure: seed -> steps) ──▶ run ──▶ arena: namespaces, processes, disks
+//!                                   └────▶ workload: what clients do ──▶ Recorder
+//! ```
 
+pub mod arena;
 pub mod checkers;
 pub mod final_state;
 pub mod history;
+pub mod plan;
+pub mod privately;
+pub mod report;
+pub mod run;
+pub mod workload;

@@ -4,11 +4,13 @@ use crate::durable;
 use crate::log::segments;
 use crate::machine::rows::Rows;
 use crate::machine::sled_kv::SledStores;
-use crate::machine::{MachineError, load_raft_row, snapshot};
+use crate::machine::{MachineError, RAFT_ROW, load_raft_row, snapshot};
 use crate::node::NodeError;
 use crate::node::datadir::DataDir;
 use crate::raft::{LogId, Vote};
 use crate::state::State;
+use crate::state::kv::{Kv, KvError, after};
+use crate::state::row::PAGE_ROWS;
 use qsfs_zdb::media::{DiskMedia, Media};
 use std::fmt::Display;
 use std::path::Path;
@@ -73,8 +75,10 @@ pub fn inspect(data: &Path) -> Result<Vec<Line>, NodeError> {
         };
         lines.push((format!("snapshot {name}"), text));
     }
-    let text = state(data).unwrap_or_else(|error| format!("DAMAGED: {error}"));
-    lines.push(("state".into(), text));
+    match state(data) {
+        Ok(found) => lines.extend(found),
+        Err(error) => lines.push(("state".into(), format!("DAMAGED: {error}"))),
+    }
     for path in crate::backup::kept(data)? {
         let name = path
             .file_name()
@@ -94,21 +98,43 @@ fn or_none(id: Option<LogId>) -> String {
     id.map_or("none".into(), |id| id.to_string())
 }
 
-fn state(data: &Path) -> Result<String, MachineError> {
+fn state(data: &Path) -> Result<Vec<Line>, MachineError> {
     let dir = data.join("state");
     if !dir.exists() {
-        return Ok("none".into());
+        return Ok(vec![("state".into(), "none".into())]);
     }
     let generation: u64 = durable::load(&DiskMedia, &dir.join("current"))?.unwrap_or(0);
     let kv = Rows::open_verified(&SledStores, &dir, generation)?;
     let raft = load_raft_row(&kv)?;
     let state = State::new(&kv);
     let voters: Vec<_> = raft.membership.membership().voter_ids().collect();
-    Ok(format!(
+    let applied = raft.applied.map_or(0, |id| id.index);
+    let text = format!(
         "whole: applied {}, voters {voters:?}, {} volumes, {} backends, {} metads (the log may lead further)",
         or_none(raft.applied),
         state.volumes()?.len(),
         state.backends()?.len(),
         state.members()?.len(),
-    ))
+    );
+    let hash = format!("{} after entry {applied}", hash(&kv)?);
+    Ok(vec![("state".into(), text), ("state hash".into(), hash)])
+}
+
+/// Of all rows but Raft's own: nodes that applied the same entries have the same.
+fn hash(kv: &Rows) -> Result<blake3::Hash, KvError> {
+    let mut hasher = blake3::Hasher::new();
+    let mut from = Vec::new();
+    loop {
+        let page = kv.range(&from, RAFT_ROW, PAGE_ROWS)?;
+        for (key, value) in &page {
+            for part in [key, value] {
+                hasher.update(&(part.len() as u64).to_le_bytes());
+                hasher.update(part);
+            }
+        }
+        match page.last() {
+            Some((last, _)) if page.len() == PAGE_ROWS => from = after(last),
+            _ => return Ok(hasher.finalize()),
+        }
+    }
 }
