@@ -28,6 +28,9 @@ const BEGIN_STEPS: usize = 64;
 /// Steps of the index between two plans.
 const FOLLOW_STEPS: usize = 64;
 
+/// Pause before a leader that could not reach a majority asks it again.
+const BARRIER_RETRY: Duration = Duration::from_millis(50);
+
 /// Longest sleep without any event.
 const IDLE: Duration = Duration::from_secs(60);
 
@@ -44,9 +47,10 @@ pub(crate) async fn run(consensus: Consensus, soft: Arc<Soft>, stop: Cancellatio
         let term = consensus.raft().metrics().borrow().current_term;
         // Until everything of earlier terms is applied here there is nothing to plan on.
         if let Err(error) = consensus.barrier().await {
-            tracing::debug!(?error, "leadership did not last");
+            tracing::debug!(?error, "no majority confirms that this metad leads");
+            // Not at once: where nobody can be reached that is known without waiting, and this would spin.
             tokio::select! {
-                _ = metrics.changed() => {}
+                () = tokio::time::sleep(BARRIER_RETRY) => {}
                 () = stop.cancelled() => return,
             }
             continue;

@@ -50,7 +50,10 @@ fn next_step(raft: &Raft, rows: &[MemberRow]) -> Option<ChangeMembers<u64, Basic
     let metrics = metrics.borrow();
     let membership = metrics.membership_config.membership();
     if membership.get_joint_config().len() > 1 {
-        return None;
+        // The leader that began this change may be gone: whoever leads ends it, once its first half is agreed on.
+        let begun = metrics.membership_config.log_id();
+        let agreed = *begun <= metrics.last_applied;
+        return agreed.then(|| ChangeMembers::AddVoterIds(BTreeSet::new()));
     }
     let voters: BTreeSet<u64> = membership.voter_ids().collect();
     let known: BTreeMap<u64, &BasicNode> = membership.nodes().map(|(id, n)| (*id, n)).collect();
