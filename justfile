@@ -21,3 +21,7 @@ fuzz SECONDS="5" *TARGETS:
 # three real metads under partitions, kill -9, SIGSTOP, full disks and changes of members, then all checkers; --help lists ARGS
 jepsen *ARGS:
     cargo test -p qsfs --test metad_faults -- run {{ARGS}}
+
+# one seed of the simulated metad cluster, in virtual time: `just sim 7`, `just sim 7 --faults partition,crash --trace`
+sim SEED="1" *ARGS:
+    cargo run --quiet --package qsfs-jepsen-tests --bin qsfs-sim -- {{SEED}} {{ARGS}}

@@ -15,6 +15,7 @@
 //! - [`wait`]: waiting for a condition instead of sleeping
 //! - [`tree`]: builder and comparer of directory trees
 //! - [`history`]: the prefix checker for crashes
+//! - [`sim`]: a metad cluster in virtual time, from a seed
 //! - [`process`]: what runs, by pid files
 //! - [`metad`]: histories of metad clients, and the checkers of them
 
@@ -24,6 +25,7 @@ pub mod dev_cluster;
 pub mod history;
 pub mod metad;
 pub mod process;
+pub mod sim;
 pub mod tree;
 pub mod wait;
 

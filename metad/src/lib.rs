@@ -14,6 +14,8 @@
 //! - [`mod@backup`], [`restore`], [`recover`], [`mod@inspect`]: before and after a disaster
 
 pub mod backup;
+#[cfg(feature = "broken")]
+pub mod broken;
 pub mod durable;
 pub mod ground;
 pub mod inspect;

@@ -16,6 +16,8 @@ pub mod leader;
 pub mod members;
 pub mod network;
 mod renewal;
+
+pub use renewal::is_damage;
 pub mod service;
 pub mod soft;
 pub mod status;

@@ -1,5 +1,7 @@
 //! The types openraft is instantiated with. They stay inside this crate.
 
+pub mod runtime;
+
 use crate::machine::snapshot::SnapshotFile;
 use crate::state::Outcome;
 use crate::state::command::Entry as Proposal;
@@ -18,7 +20,7 @@ openraft::declare_raft_types!(
         Node = openraft::BasicNode,
         Entry = openraft::Entry<TypeConfig>,
         SnapshotData = SnapshotFile,
-        AsyncRuntime = openraft::TokioRuntime,
+        AsyncRuntime = runtime::Runtime,
 );
 
 /// The running consensus module.

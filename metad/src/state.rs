@@ -159,6 +159,17 @@ impl<K: Kv> State<K> {
         &mut self.entry_touched
     }
 
+    /// Changes that no command asked for.
+    #[cfg(feature = "broken")]
+    pub(crate) fn write_past_rules(
+        &mut self,
+        change: impl FnOnce(&mut Self) -> Result<(), KvError>,
+    ) -> Result<(), KvError> {
+        change(self)?;
+        self.keep_entry();
+        Ok(())
+    }
+
     fn keep_entry(&mut self) {
         // Not `append`: that rebuilds the whole batch for the few rows of an entry.
         self.batch.extend(std::mem::take(&mut self.entry));

@@ -37,7 +37,7 @@ const TOKEN_TTL_MS: u64 = 10 * 60_000;
 
 /// Did bytes that were durable go bad? Then only the peers can help; what else went wrong (a full disk, a wrong permission, a
 /// newer format) is for a person, and nothing is given up for it.
-pub(super) fn is_damage(error: &NodeError) -> bool {
+pub fn is_damage(error: &NodeError) -> bool {
     match error {
         NodeError::Log(
             LogError::Damaged { .. } | LogError::Hole { .. } | LogError::Gone { .. },

@@ -332,7 +332,7 @@ impl<K: Kv> State<K> {
             .collect()
     }
 
-    fn add(&mut self, record: &EncodingRecord) -> Result<(), KvError> {
+    pub(crate) fn add(&mut self, record: &EncodingRecord) -> Result<(), KvError> {
         let mut totals = self.volume_totals(record.volume)?;
         totals.datafiles += 1;
         totals.bytes += record.plain_bytes;

@@ -287,7 +287,7 @@ impl<K: Kv> State<K> {
         }
     }
 
-    pub(super) fn put_volume(&mut self, volume: &Volume) {
+    pub(crate) fn put_volume(&mut self, volume: &Volume) {
         self.put_row(key(volume.id), volume);
         self.touch().volumes = true;
     }
