@@ -16,6 +16,7 @@ mod mover;
 mod older;
 pub mod raft_machine;
 pub mod rows;
+mod seen;
 pub mod sled_kv;
 pub mod snapshot;
 
@@ -106,6 +107,8 @@ struct Shared {
     touched: Mutex<Option<Touched>>,
     /// Rows are being moved aside.
     moving: AtomicBool,
+    /// The snapshot that was read whole and is as it was written.
+    verified: Mutex<Option<PathBuf>>,
     /// Why that failed.
     move_failed: Mutex<Option<MachineError>>,
     changed: tokio::sync::watch::Sender<u64>,
@@ -149,6 +152,7 @@ impl Machine {
                 current: RwLock::new(current),
                 touched: Mutex::new(None),
                 moving: AtomicBool::new(false),
+                verified: Mutex::new(None),
                 move_failed: Mutex::new(None),
                 changed: tokio::sync::watch::Sender::new(applied),
                 incoming: Mutex::new(0),

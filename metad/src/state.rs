@@ -200,10 +200,13 @@ fn apply_one<K: Kv>(state: &mut State<K>, entry: &Entry) -> Result<Outcome, KvEr
     let now_ms = settings::advance_time(state, entry.time_ms)?;
     sessions::sweep(state, now_ms)?;
     state.keep_entry();
-    if let Some(request) = &entry.request
-        && let Some(answer) = sessions::answered(state, request)?
-    {
-        return Ok(answer);
+    let mut asker = None;
+    if let Some(request) = &entry.request {
+        let (session, answer) = sessions::answered(state, request)?;
+        if let Some(answer) = answer {
+            return Ok(answer);
+        }
+        asker = Some((request, session));
     }
     let outcome = match run(state, &entry.command, now_ms) {
         Ok(reply) => {
@@ -216,8 +219,8 @@ fn apply_one<K: Kv>(state: &mut State<K>, entry: &Entry) -> Result<Outcome, KvEr
         }
         Err(Stop::Store(error)) => return Err(error),
     };
-    if let Some(request) = &entry.request {
-        sessions::remember(state, request, &outcome, now_ms)?;
+    if let Some((request, session)) = asker {
+        sessions::remember(state, request, session, &outcome, now_ms)?;
         state.keep_entry();
     }
     Ok(outcome)

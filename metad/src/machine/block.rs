@@ -216,6 +216,33 @@ pub fn find<'a>(block: &'a [u8], key: &[u8]) -> Result<Option<&'a [u8]>, KvError
     Ok(None)
 }
 
+/// The keys next to one, below and above.
+pub type Around = (Option<Vec<u8>>, Option<Vec<u8>>);
+
+/// The keys around one that a block does not hold; `None` where the block ends.
+pub fn around(block: &[u8], key: &[u8]) -> Result<Around, KvError> {
+    let mut rest = block;
+    take(&mut rest, 4)?;
+    // The last key that is lower, and the one at work: they change places.
+    let (mut lower, mut at) = (Vec::new(), Vec::new());
+    let mut any_lower = false;
+    while !rest.is_empty() {
+        let shared = take_varint(&mut rest)?;
+        let (key_rest, value) = (take_varint(&mut rest)?, take_varint(&mut rest)?);
+        let head = lower.get(..shared);
+        at.clear();
+        at.extend_from_slice(head.ok_or_else(|| damaged("shares more than there is"))?);
+        at.extend_from_slice(take(&mut rest, key_rest)?);
+        take(&mut rest, value)?;
+        if at.as_slice() > key {
+            return Ok((any_lower.then_some(lower), Some(at)));
+        }
+        std::mem::swap(&mut lower, &mut at);
+        any_lower = true;
+    }
+    Ok((any_lower.then_some(lower), None))
+}
+
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
@@ -248,6 +275,11 @@ mod tests {
                 for key in &asked {
                     let here = held.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_slice());
                     prop_assert_eq!(find(block, key).unwrap(), here);
+                    if here.is_none() {
+                        let lower = held.iter().map(|(k, _)| k).filter(|k| *k < key).next_back();
+                        let higher = held.iter().map(|(k, _)| k).find(|k| *k > key);
+                        prop_assert_eq!(around(block, key).unwrap(), (lower.cloned(), higher.cloned()));
+                    }
                     let above: Vec<Pair> = held.iter().filter(|(k, _)| k >= key).take(5).cloned().collect();
                     prop_assert_eq!(rows_from(block, key, 5).unwrap(), above);
                 }

@@ -78,6 +78,31 @@ impl Machine {
         })
     }
 
+    /// The newest snapshot. It is read whole before it is handed out for the first time: one that is damaged is not sent to
+    /// others, which it would stop, but made anew from the state.
+    fn sound_snapshot(&self) -> Result<Option<Snapshot<TypeConfig>>, MachineError> {
+        let ground = &self.shared.ground;
+        let media = &*ground.media;
+        let Some(mut path) = snapshot::newest(media, &self.shared.dir)? else {
+            return Ok(None);
+        };
+        let mut verified = self.shared.verified.lock();
+        if verified.as_ref() != Some(&path) {
+            match snapshot::read_rows(media, &path, |_| Ok(())) {
+                Err(error @ MachineError::Snapshot { .. }) => {
+                    tracing::error!(%error, "a snapshot is damaged and not used; it is made anew from the state");
+                    media
+                        .remove(&path)
+                        .map_err(MachineError::io("remove", &path))?;
+                    path = self.build()?;
+                }
+                read => drop(read?),
+            }
+            *verified = Some(path.clone());
+        }
+        snapshot::as_snapshot(ground, &path).map(Some)
+    }
+
     /// Moves rows to the store while applies go on; a failure is told to the next apply.
     fn relieve_aside(&self) {
         if self.shared.moving.swap(true, Ordering::AcqRel) {
@@ -162,13 +187,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<TypeConfig>>, StorageError> {
-        let (ground, dir) = (self.shared.ground.clone(), self.shared.dir.clone());
-        blocking(self, move || {
-            match snapshot::newest(&*ground.media, &dir)? {
-                Some(path) => snapshot::as_snapshot(&ground, &path).map(Some),
-                None => Ok(None),
-            }
-        })
-        .await
+        let machine = self.clone();
+        blocking(self, move || machine.sound_snapshot()).await
     }
 }

@@ -15,6 +15,7 @@
 use super::block;
 use super::directory::{Directory, Position};
 use super::mover::{self, FORMAT, FORMAT_PAGE, Mover};
+use super::seen::Seen;
 use crate::ground::{Store, Stores};
 use crate::state::kv::{self, Batch, Kv, KvError, Pair};
 use parking_lot::{Mutex, RwLock};
@@ -58,6 +59,8 @@ struct Inner {
     store: Arc<dyn Store>,
     layers: RwLock<Layers>,
     mover: Mutex<Mover>,
+    /// Of the blocks that the directory names.
+    seen: Mutex<Seen>,
     /// Copies under way: what they read is not removed.
     views: AtomicUsize,
 }
@@ -139,6 +142,7 @@ impl Rows {
             store,
             layers: RwLock::new(layers),
             mover: Mutex::new(mover),
+            seen: Mutex::default(),
             views: AtomicUsize::new(0),
         };
         Ok(Self {
@@ -180,6 +184,7 @@ impl Rows {
             let gone: Vec<_> = {
                 let mut layers = self.inner.layers.write();
                 layers.directory = moved;
+                self.inner.seen.lock().clear();
                 layers.frozen.drain(..frozen.len()).collect()
             };
             // Taking them apart takes a while, for which nobody has to wait.
@@ -229,8 +234,29 @@ impl Kv for Rows {
         let Some(at) = layers.directory.position(key) else {
             return Ok(None);
         };
+        if let Some(known) = self.inner.seen.lock().get(key) {
+            return Ok(known.map(<[u8]>::to_vec));
+        }
         let page = mover::page(self.inner.store.as_ref(), layers.directory.at(at).id)?;
-        Ok(block::find(&page, key)?.map(<[u8]>::to_vec))
+        let found = block::find(&page, key)?;
+        match found {
+            Some(value) => self.inner.seen.lock().row(key, value),
+            None => {
+                let (lower, higher) = block::around(&page, key)?;
+                let next = || {
+                    Some(
+                        layers
+                            .directory
+                            .at(layers.directory.next(at)?)
+                            .first
+                            .to_vec(),
+                    )
+                };
+                let until = higher.or_else(next).unwrap_or_else(|| vec![u8::MAX; 16]);
+                self.inner.seen.lock().gap(lower.unwrap_or_default(), until);
+            }
+        }
+        Ok(found.map(<[u8]>::to_vec))
     }
 
     fn range(&self, from: &[u8], until: &[u8], max: usize) -> Result<Vec<Pair>, KvError> {

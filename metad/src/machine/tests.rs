@@ -10,6 +10,7 @@ use crate::log::storage::LogStore;
 use crate::raft::{LogEntry, LogId, StorageError, TypeConfig};
 use crate::state::command::{Command, Entry, Genesis, MemberRow};
 use crate::state::kv::{Batch, Kv, KvError, MemoryKv, Pair};
+use openraft::storage::RaftStateMachine;
 use openraft::testing::{StoreBuilder, Suite};
 use openraft::{CommittedLeaderId, EntryPayload};
 use parking_lot::Mutex;
@@ -163,6 +164,190 @@ fn a_state_that_does_not_open_is_set_aside_and_rebuilt_from_the_snapshot() {
     let machine = Machine::open(dir.path()).unwrap();
     assert_eq!(rows(&machine), before);
     assert!(dir.path().join("state/damaged-00000000").exists());
+}
+
+#[tokio::test]
+async fn a_damaged_snapshot_is_not_sent_but_made_anew_from_the_state() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut machine = Machine::open(dir.path()).unwrap();
+    fill(&machine, 1..100);
+    let path = machine.build().unwrap();
+    let sent = machine.get_current_snapshot().await.unwrap().unwrap();
+    assert_eq!(sent.meta.last_log_id, Some(log_id(99)), "this one is whole");
+    drop(machine);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let mut machine = Machine::open(dir.path()).unwrap();
+    fill(&machine, 100..120);
+    let sent = machine.get_current_snapshot().await.unwrap().unwrap();
+    assert_eq!(sent.meta.last_log_id, Some(log_id(119)));
+    let mut copied = Vec::new();
+    snapshot::read_rows(&DiskMedia, sent.snapshot.path(), |batch| {
+        copied.extend(batch.into_iter().map(|(key, value)| (key, value.unwrap())));
+        Ok(())
+    })
+    .unwrap();
+    assert_eq!(copied, rows(&machine));
+    assert!(!path.exists(), "nobody uses the damaged one any more");
+}
+
+fn size(path: &std::path::Path) -> u64 {
+    let found = std::fs::metadata(path).unwrap();
+    if !found.is_dir() {
+        return found.len();
+    }
+    let entries = std::fs::read_dir(path).unwrap();
+    entries.map(|entry| size(&entry.unwrap().path())).sum()
+}
+
+/// Records are committed, released, and their pieces deleted, again and again, with a snapshot after each round.
+#[test]
+fn state_and_snapshots_stay_bounded_while_records_come_and_go() {
+    use crate::state::tests::{VOLUME, client, policy, record};
+    use qsfs_proto::api::{BackendAddress, VolumeSettings};
+    use qsfs_zstor::id::{AgentId, BackendId, DatafileId, Epoch, KeyId, Stream};
+    const RECORDS: u64 = 200;
+    let dir = tempfile::tempdir().unwrap();
+    let machine = Machine::open(dir.path()).unwrap();
+    let (mut index, mut now_ms) = (0, 1_000);
+    let mut run = |command: Command, later_ms: u64| {
+        index += 1;
+        now_ms += later_ms;
+        let entry = LogEntry {
+            log_id: log_id(index),
+            payload: EntryPayload::Normal(Entry::internal(now_ms, command)),
+        };
+        let (mut responses, _) = machine.apply(vec![entry]).unwrap();
+        responses.pop().unwrap().0.unwrap().unwrap();
+    };
+    run(genesis(), 1);
+    for (agent, location) in [(1, "loc1"), (2, "loc2")] {
+        let register = Mutation::RegisterAgent {
+            location: location.parse().unwrap(),
+            node: "n1".parse().unwrap(),
+        };
+        run(Command::Mutation(register), 1);
+        for namespace in ["a", "b"] {
+            let address = BackendAddress {
+                endpoint: format!("{location}:9900"),
+                namespace: namespace.into(),
+                password: None,
+                tls: true,
+            };
+            let register = Mutation::RegisterBackend {
+                agent: AgentId(agent),
+                address,
+                capacity_bytes: 1 << 40,
+            };
+            run(Command::Mutation(register), 1);
+        }
+    }
+    let create = Mutation::CreateVolume {
+        id: VOLUME,
+        name: "v".parse().unwrap(),
+        policy: policy(),
+        key_id: KeyId::from_bytes([3; 16]),
+        settings: VolumeSettings::default(),
+    };
+    run(Command::Mutation(create), 1);
+    let lease = Mutation::AcquireLease {
+        volume: VOLUME,
+        client: client(1),
+        holder: "h:1".into(),
+        takeover: false,
+    };
+    run(Command::Mutation(lease), 1);
+    let grace_ms = machine
+        .read(|state| state.settings())
+        .unwrap()
+        .tombstone_grace_ms;
+    let mut sizes = Vec::new();
+    for round in 0..24 {
+        let files = round * RECORDS + 1..(round + 1) * RECORDS + 1;
+        let records = files
+            .clone()
+            .map(|f| record(f, Stream::Data, &[1, 2, 3, 4]));
+        let commit = Mutation::CommitDatafiles {
+            volume: VOLUME,
+            epoch: Epoch(1),
+            records: records.collect(),
+            head: None,
+        };
+        run(Command::Mutation(commit), 1);
+        let release = Mutation::ReleaseDatafiles {
+            volume: VOLUME,
+            epoch: Epoch(1),
+            datafiles: files.map(DatafileId).collect(),
+        };
+        run(Command::Mutation(release), 1);
+        for backend in 1..=4 {
+            let due = machine.read(|state| state.tombstones_due(BackendId(backend), 1_000));
+            let due = due.unwrap();
+            assert_eq!(due.len(), usize::try_from(RECORDS).unwrap());
+            let places: Vec<_> = due.into_iter().map(|(place, _)| place).collect();
+            run(Command::OrderDeletes(places.clone()), grace_ms + 1);
+            for place in places {
+                run(Command::ShardDeleted(place), 0);
+            }
+        }
+        let snapshot = machine.build().unwrap();
+        assert_eq!(
+            snapshot::finished(&DiskMedia, dir.path()).unwrap(),
+            [snapshot.clone()]
+        );
+        let blocks = machine.shared.current.read().kv.blocks();
+        sizes.push((size(&dir.path().join("state")), size(&snapshot), blocks));
+    }
+    let (state, snapshot, blocks) = sizes[3];
+    let (last_state, last_snapshot, last_blocks) = sizes[23];
+    assert!(last_state <= 2 * state + (4 << 20), "{sizes:?}");
+    assert!(last_snapshot <= 2 * snapshot, "{sizes:?}");
+    assert!(last_blocks <= 2 * blocks + 4, "{sizes:?}");
+}
+
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");
+
+/// Compares with a golden file, which is written if it is missing and `QSFS_WRITE_GOLDEN` is set, and never changed.
+fn golden(name: &str, made: &[u8]) {
+    let path = std::path::Path::new(GOLDEN).join(name);
+    if !path.exists() && std::env::var_os("QSFS_WRITE_GOLDEN").is_some() {
+        std::fs::create_dir_all(GOLDEN).unwrap();
+        std::fs::write(&path, made).unwrap();
+    }
+    assert!(
+        std::fs::read(&path).unwrap() == made,
+        "{name} is not what it was"
+    );
+}
+
+#[test]
+fn snapshots_and_blocks_are_written_as_they_always_were() {
+    let dir = tempfile::tempdir().unwrap();
+    let machine = Machine::open(dir.path()).unwrap();
+    fill(&machine, 1..40);
+    let path = machine.build().unwrap();
+    golden("snapshot-1.snap", &std::fs::read(path).unwrap());
+    let store = Arc::new(MemoryStore::default());
+    let kv = Rows::open_on(store.clone(), 0, true).unwrap();
+    kv.commit(
+        rows(&machine)
+            .into_iter()
+            .map(|(key, value)| (key, Some(value)))
+            .collect(),
+    );
+    kv.relieve().unwrap();
+    let mut pages = Vec::new();
+    scan(store.as_ref(), &[], |name, page| {
+        for part in [name, page] {
+            pages.extend(u32::try_from(part.len()).unwrap().to_le_bytes());
+            pages.extend(part);
+        }
+        Ok(true)
+    })
+    .unwrap();
+    golden("state-2.pages", &pages);
 }
 
 /// A store in memory: a crash takes what was written since the last flush, or the end of it.

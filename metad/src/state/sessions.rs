@@ -20,9 +20,12 @@ pub const SWEEP_INTERVAL_MS: u64 = 10 * 60_000;
 /// Sessions removed by one sweep at most; the next continues.
 pub const SWEEP_MAX: usize = 256;
 
+/// Answers forgotten one by one when a client's oldest pending request moves on.
+const STEP_MAX: u64 = 32;
+
 /// What is known of a client's requests.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Session {
+pub(super) struct Session {
     /// Answers below are forgotten.
     floor: u64,
     /// Log time of its last request.
@@ -44,25 +47,33 @@ fn answer_key(id: &Request, sequence: u64) -> Vec<u8> {
         .done()
 }
 
-/// The first answer, if the request was applied before.
-pub(super) fn answered<K: Kv>(state: &State<K>, id: &Request) -> Result<Option<Outcome>, KvError> {
+/// What is known of a request's session, and the first answer, if the request was applied before.
+pub(super) fn answered<K: Kv>(
+    state: &State<K>,
+    id: &Request,
+) -> Result<(Session, Option<Outcome>), KvError> {
     let session: Session = state.row(&session_key(id))?.unwrap_or_default();
     if id.sequence < session.floor {
         let text = format!("request {} is older than what is remembered", id.sequence);
-        return Ok(Some(Err(MetadError::Unknown(text))));
+        return Ok((session, Some(Err(MetadError::Unknown(text)))));
     }
-    state.row(&answer_key(id, id.sequence))
+    Ok((session, state.row(&answer_key(id, id.sequence))?))
 }
 
 pub(super) fn remember<K: Kv>(
     state: &mut State<K>,
     id: &Request,
+    session: Session,
     outcome: &Outcome,
     now_ms: u64,
 ) -> Result<(), KvError> {
-    let session: Session = state.row(&session_key(id))?.unwrap_or_default();
     let floor = session.floor.max(id.oldest_pending.min(id.sequence));
-    if floor > session.floor {
+    if floor - session.floor <= STEP_MAX {
+        // The common case: no need to look which of them there are.
+        for sequence in session.floor..floor {
+            state.delete(answer_key(id, sequence));
+        }
+    } else {
         let from = answer_key(id, session.floor);
         delete_range(state, &from, &answer_key(id, floor))?;
     }
