@@ -184,17 +184,20 @@ impl Cluster {
         }
     }
 
+    /// Address of the leading metad.
+    pub(crate) async fn leader(&self) -> Result<String> {
+        let members = self.client(0)?.members().await?;
+        let leader = members.into_iter().find(|member| member.leader);
+        Ok(leader.context("no leader")?.address)
+    }
+
     /// Kills the leading process; its place in the list.
     pub(crate) async fn kill_leader(&mut self) -> Result<usize> {
-        let members = self.client(0)?.members().await?;
-        let leader = members
-            .into_iter()
-            .find(|m| m.leader)
-            .context("no leader")?;
+        let leader = self.leader().await?;
         let place = self
             .nodes
             .iter()
-            .position(|node| node.address == leader.address)
+            .position(|node| node.address == leader)
             .context("an unknown leader")?;
         self.nodes[place].kill()?;
         Ok(place)

@@ -82,9 +82,15 @@ async fn run(options: &Options, root: &std::path::Path) -> Result<()> {
     let mut cluster = Cluster::start(&root.join("metad")).await?;
     println!("log entry of one commit: {} bytes", cluster.entry_bytes());
     let span = Duration::from_secs(options.seconds);
+    let mut leader = cluster.leader().await?;
     for width in &options.widths {
         let latencies = cluster.commits(*width, span).await?;
         report("metad", *width, &latencies);
+        let leads = cluster.leader().await?;
+        if leads != leader {
+            println!("metad: the leader changed meanwhile");
+            leader = leads;
+        }
     }
     println!("metad resident now/peak, MiB: {}", memory(&cluster.pids()));
     if options.kills > 0 {
