@@ -172,6 +172,166 @@ fn what_was_acknowledged_survives_a_kill() {
     }
 }
 
+/// What a client knows of one key: what was answered last, and what was asked for behind it and not answered.
+#[derive(Clone, Default)]
+struct Known {
+    certain: Option<Vec<u8>>,
+    possible: Vec<Option<Vec<u8>>>,
+}
+
+const KEYS_OF_A_CLIENT: usize = 12;
+
+fn key_of(client: usize, number: usize) -> String {
+    format!("client {client} key {number}")
+}
+
+/// Pipelines of eight SETs and DELs of its own keys, values from a few bytes to a megabyte, until the server is gone.
+fn ask_until_killed(address: &str, client: usize, round: usize, known: &mut [Known]) -> usize {
+    let mut stream = tcp(address);
+    let mut answered = 0;
+    for turn in 0.. {
+        let mut requests = Vec::new();
+        let mut asked = Vec::new();
+        for at in 0..8 {
+            let mixed = (turn * 8 + at) * 7919 + client * 104_729 + round * 31;
+            let number = mixed % KEYS_OF_A_CLIENT;
+            let key = key_of(client, number);
+            if mixed.is_multiple_of(5) {
+                requests.extend(framed(&[b"DEL", key.as_bytes()]));
+                asked.push((number, None));
+            } else {
+                let bytes = [30, 5000, 70_000, 1 << 20][mixed / 5 % 4];
+                let mut value = vec![u8::try_from(usize::from(b'a') + mixed % 23).unwrap(); bytes];
+                value[..16].copy_from_slice(format!("{round:04}{turn:08}{at:04}").as_bytes());
+                requests.extend(framed(&[b"SET", key.as_bytes(), &value]));
+                asked.push((number, Some(value)));
+            }
+        }
+        for (number, wanted) in &asked {
+            known[*number].possible.push(wanted.clone());
+        }
+        // The answers are short, so all requests can go first.
+        if stream.write_all(&requests).is_err() {
+            return answered;
+        }
+        for (number, wanted) in asked {
+            let Some(answer) = line(&mut stream) else {
+                return answered;
+            };
+            let done = match &wanted {
+                Some(_) => answer == format!("${}", key_of(client, number).len()),
+                None => answer == "+OK" || answer == "-Key not found",
+            };
+            assert!(done, "{answer}");
+            if wanted.is_some() && line(&mut stream).is_none() {
+                return answered;
+            }
+            // In order: what was asked for before is answered already.
+            let known = &mut known[number];
+            known.possible.remove(0);
+            known.certain = wanted;
+            answered += 1;
+        }
+    }
+    answered
+}
+
+/// A line of an answer; none: the server is gone.
+fn line(stream: &mut TcpStream) -> Option<String> {
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while !line.ends_with(b"\r\n") {
+        stream.read_exact(&mut byte).ok()?;
+        line.push(byte[0]);
+    }
+    line.truncate(line.len() - 2);
+    String::from_utf8(line).ok()
+}
+
+fn value_of(stream: &mut TcpStream, key: &str) -> Option<Vec<u8>> {
+    stream
+        .write_all(&framed(&[b"GET", key.as_bytes()]))
+        .unwrap();
+    let header = line(stream).unwrap();
+    let bytes: i64 = header.strip_prefix('$').expect(&header).parse().unwrap();
+    let mut value = vec![0; usize::try_from(bytes).ok()? + 2];
+    stream.read_exact(&mut value).unwrap();
+    value.truncate(value.len() - 2);
+    Some(value)
+}
+
+fn newest_datafile(data: &Path) -> u32 {
+    let names = fs::read_dir(data).unwrap().flatten();
+    let numbers = names.filter_map(|name| {
+        let name = name.file_name().into_string().ok()?;
+        u32::from_str_radix(name.strip_suffix(".zdb")?, 16).ok()
+    });
+    numbers.max().unwrap()
+}
+
+/// Many connections, mixed sizes, SET and DEL, batches appended while others are synced, compaction all the time; SIGKILL in the middle of
+/// it. What was answered is there, what was not is there whole or not at all.
+#[test]
+fn kills_under_load_lose_nothing_that_was_answered() {
+    const CLIENTS: usize = 6;
+    const ROUNDS: usize = 4;
+    let mut daemons = daemons();
+    let mut known = vec![vec![Known::default(); KEYS_OF_A_CLIENT]; CLIENTS];
+    for round in 0..=ROUNDS {
+        let name = format!("zdb-{round}");
+        let address = serve(
+            &mut daemons,
+            &name,
+            &["--datasize", "16MiB", "--history", "0"],
+        );
+        let mut stream = tcp(&address);
+        for (client, known) in known.iter_mut().enumerate() {
+            for (number, known) in known.iter_mut().enumerate() {
+                let key = key_of(client, number);
+                let now = value_of(&mut stream, &key);
+                assert!(
+                    now == known.certain || known.possible.contains(&now),
+                    "round {round}, {key}: {:?} bytes",
+                    now.map(|now| now.len())
+                );
+                *known = Known {
+                    certain: now,
+                    possible: Vec::new(),
+                };
+            }
+        }
+        if round == ROUNDS {
+            break;
+        }
+        let pid = daemons.pid(&name);
+        let address = &address;
+        let data = Path::new(&daemons.path("data")).join("namespaces/default");
+        let first = newest_datafile(&data);
+        let answered: usize = std::thread::scope(|scope| {
+            let clients: Vec<_> = known
+                .iter_mut()
+                .enumerate()
+                .map(|(client, known)| {
+                    scope.spawn(move || ask_until_killed(address, client, round, known))
+                })
+                .collect();
+            // Once much was overwritten, so that there is something to compact.
+            wait_for("datafiles to be completed", || {
+                let more = newest_datafile(&data) - first;
+                if more >= 8 { Ok(()) } else { Err(more) }
+            });
+            process::signal(pid, nix::sys::signal::Signal::SIGKILL);
+            clients
+                .into_iter()
+                .map(|client| client.join().unwrap())
+                .sum()
+        });
+        assert_eq!(daemons.wait_end(&name), None);
+        assert!(answered > 100, "round {round}: {answered} answers");
+        eprintln!("round {round}: {answered} answers before the kill");
+    }
+}
+
 #[test]
 fn an_admin_password_protects_and_stop_is_allowed_on_request() {
     let mut daemons = daemons();
