@@ -62,9 +62,9 @@ impl Store {
         let file = state.active;
         for (entry, offset) in run.iter_mut().zip(offsets) {
             entry.place = Place { file, offset };
-            // Before the datafile can be completed: from then on only this keeps compaction from taking it for garbage.
-            state.pending.add(entry);
         }
+        // Before the datafile can be completed: from then on only this keeps compaction from taking it for garbage.
+        state.pending.add(file, run);
         Ok(())
     }
 

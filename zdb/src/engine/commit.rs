@@ -248,6 +248,11 @@ impl Store {
         }
     }
 
+    /// More will be staged before this batch is settled.
+    pub(super) fn stage_behind(&self, staged: &Staged) {
+        self.state.write().pending.add_keys(&staged.entries);
+    }
+
     /// Make batches durable ([`SyncPolicy::Always`]), all with one sync, and visible; in the order in which they were staged, and
     /// all that were staged before must be settled. What is answered `Ok` then is so.
     pub(super) fn settle<'a>(&self, batches: impl Iterator<Item = &'a mut Staged>) {

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 /// Entries between their append and their publication. Changes only under the lock of the index, so that both together are always the whole.
 #[derive(Debug, Default)]
 pub(super) struct Pending {
-    /// The newest such entry of each key.
+    /// The newest such entry of each key, where something may be decided before it is settled.
     keys: HashMap<Bytes, PendingKey>,
     /// How many such entries are in a datafile, and their frames' bytes.
     files: BTreeMap<u32, PendingFile>,
@@ -30,16 +30,25 @@ struct PendingFile {
 }
 
 impl Pending {
-    pub(super) fn add(&mut self, entry: &Planned) {
-        let key = PendingKey {
-            value: (!entry.deleted).then(|| entry.value.clone()),
-            version: entry.version,
-        };
-        self.keys.insert(entry.key.clone(), key);
-        let file = self.files.entry(entry.place.file).or_default();
-        file.entries += 1;
-        file.bytes += entry.frame_bytes();
-        self.live_bytes_change += entry.live_bytes_change;
+    /// Entries were appended, all to the same datafile.
+    pub(super) fn add(&mut self, file: u32, run: &[Planned]) {
+        let file = self.files.entry(file).or_default();
+        for entry in run {
+            file.entries += 1;
+            file.bytes += entry.frame_bytes();
+            self.live_bytes_change += entry.live_bytes_change;
+        }
+    }
+
+    /// More will be decided before these are settled: it must see what they do to their keys.
+    pub(super) fn add_keys(&mut self, entries: &[Planned]) {
+        for entry in entries {
+            let key = PendingKey {
+                value: (!entry.deleted).then(|| entry.value.clone()),
+                version: entry.version,
+            };
+            self.keys.insert(entry.key.clone(), key);
+        }
     }
 
     pub(super) fn remove(&mut self, entry: &Planned) {

@@ -171,6 +171,7 @@ impl Shared {
         let company = syncer.company || !self.queue.is_empty();
         if behind || (large && company && syncer.runs(self)) {
             syncer.company = behind || !self.queue.is_empty();
+            self.store.stage_behind(&staged);
             self.pipeline.push(batch, staged);
             return;
         }

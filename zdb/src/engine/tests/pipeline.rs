@@ -32,7 +32,10 @@ fn delete_of(key: &[u8]) -> Operation {
 
 fn stage(namespace: &Namespace, operation: Operation) -> Staged {
     let settings = namespace.settings();
-    namespace.shared.store.stage(&[operation], &settings, 1)
+    let store = &namespace.shared.store;
+    let staged = store.stage(&[operation], &settings, 1);
+    store.stage_behind(&staged);
+    staged
 }
 
 fn settle(namespace: &Namespace, mut staged: Staged) -> Outcome {
