@@ -12,6 +12,7 @@
 
 pub mod block;
 pub mod directory;
+pub mod history;
 mod mover;
 mod older;
 pub mod raft_machine;
@@ -29,6 +30,7 @@ use crate::raft::{LogEntry, LogId, Response, StoredMembership};
 use crate::state::command::MemberRow;
 use crate::state::kv::{Batch, Kv, KvError};
 use crate::state::{State, Touched};
+use history::{History, Noted, Page};
 use openraft::{EntryPayload, RaftLogId};
 use parking_lot::{Mutex, RwLock};
 use qsfs_zstor::id::MetadId;
@@ -112,6 +114,7 @@ struct Shared {
     /// Why that failed.
     move_failed: Mutex<Option<MachineError>>,
     changed: tokio::sync::watch::Sender<u64>,
+    history: History,
     incoming: Mutex<u64>,
 }
 
@@ -155,6 +158,7 @@ impl Machine {
                 verified: Mutex::new(None),
                 move_failed: Mutex::new(None),
                 changed: tokio::sync::watch::Sender::new(applied),
+                history: History::new(applied),
                 incoming: Mutex::new(0),
             }),
         })
@@ -218,6 +222,17 @@ impl Machine {
         self.shared.changed.subscribe()
     }
 
+    /// What was changed after an index, if that is remembered; else the oldest index that can be asked about.
+    pub fn history_after(&self, index: u64) -> Result<Page, u64> {
+        self.shared.history.after(index)
+    }
+
+    /// As if so many bytes were the limit, from now on.
+    #[cfg(test)]
+    pub(crate) fn forget_history(&self, bytes_max: usize) {
+        self.shared.history.set_limit(bytes_max);
+    }
+
     /// From here on what apply touches is remembered, for [`Self::take_touched`]. Whoever reads after this call and follows what was
     /// touched misses nothing.
     pub fn follow_touched(&self) {
@@ -242,9 +257,10 @@ impl Machine {
         }
         // Only this function writes, and openraft calls it from one task: reading before the write lock is safe.
         let applier = &*self.shared.ground.applier;
+        let mut history = Vec::new();
         let (batch, touched, raft, responses) = {
             let current = self.shared.current.read();
-            let mut state = State::new(&current.kv);
+            let mut state = State::noting(&current.kv);
             let mut raft = current.raft.clone();
             let mut responses = Vec::with_capacity(entries.len());
             for entry in entries {
@@ -260,11 +276,16 @@ impl Machine {
                         Response(None)
                     }
                 });
+                let rows = state.take_noted();
+                if !rows.is_empty() {
+                    let index = id.index;
+                    history.push(Noted { index, rows });
+                }
             }
             let (batch, touched) = state.into_changes();
             (batch, touched, raft, responses)
         };
-        Ok((responses, self.commit(batch, touched, raft)))
+        Ok((responses, self.commit(batch, touched, raft, history)))
     }
 
     /// Moves the rows that are only in memory so far to the store below.
@@ -273,7 +294,13 @@ impl Machine {
         Ok(kv.relieve()?)
     }
 
-    fn commit(&self, mut batch: Batch, touched: Touched, raft: RaftRow) -> Fill {
+    fn commit(
+        &self,
+        mut batch: Batch,
+        touched: Touched,
+        raft: RaftRow,
+        history: Vec<Noted>,
+    ) -> Fill {
         batch.insert(RAFT_ROW.to_vec(), Some(crate::state::row::encode(&raft)));
         let mut current = self.shared.current.write();
         let fill = current.kv.commit(batch);
@@ -283,6 +310,7 @@ impl Machine {
             followed.merge(touched);
         }
         drop(current);
+        self.shared.history.extend(history, applied);
         self.shared.changed.send_replace(applied);
         fill
     }
@@ -306,6 +334,7 @@ impl Machine {
             std::mem::replace(&mut *current, Current { kv, raft })
         };
         drop(old);
+        self.shared.history.restart(applied);
         remove_other_generations(ground, &state, &self.shared.current.read().kv)?;
         self.shared.changed.send_replace(applied);
         Ok(())

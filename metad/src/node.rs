@@ -12,6 +12,7 @@ pub mod agents;
 pub mod bare;
 pub mod consensus;
 pub mod datadir;
+pub mod freshness;
 pub mod leader;
 pub mod members;
 pub mod network;
@@ -22,6 +23,7 @@ pub mod service;
 pub mod soft;
 pub mod status;
 pub mod vigil;
+pub mod watch;
 
 use crate::ground::{self, Ground, Sizes};
 use crate::log::LogError;
@@ -31,6 +33,7 @@ use crate::machine::{Machine, MachineError};
 use crate::raft::{LogId, Raft};
 use consensus::Consensus;
 use datadir::{DataDir, NodeFile};
+use freshness::Fresh;
 use network::{Inbound, Network, Outbound, Way};
 use openraft::{Config, SnapshotPolicy};
 use qsfs_proto::api::MetadError;
@@ -46,6 +49,7 @@ use std::sync::Arc;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use watch::Watchers;
 
 /// Between heartbeats of the leader, and the deadline of one message to a follower.
 const HEARTBEAT_MS: u64 = 150;
@@ -398,7 +402,21 @@ impl Running {
         let consensus = Consensus::start(core.raft.clone(), core.machine.clone(), clock);
         let soft = Arc::new(Soft::default());
         let leading = leader::run(consensus.clone(), Arc::clone(&soft), stop.clone());
-        let network = core.network.clone();
+        let (network, fresh) = (core.network.clone(), Fresh::default());
+        let asking = freshness::run(
+            consensus.clone(),
+            network.clone(),
+            fresh.clone(),
+            stop.clone(),
+        );
+        // Ends with `stop`; what it knows is worth nothing then.
+        tokio::spawn(asking);
+        let watchers = Watchers::new(
+            core.machine.clone(),
+            fresh.clone(),
+            watch::Limits::default(),
+            stop.clone(),
+        );
         Self {
             leader: tokio::spawn(leading),
             bounding: tokio::spawn(bound_log(core.raft.clone(), core.log.clone(), stop.clone())),
@@ -407,8 +425,9 @@ impl Running {
                 Arc::clone(&soft),
                 network,
                 authority,
+                (fresh, Arc::new(watchers)),
             )),
-            inbound: Arc::new(Inbound::new(core.raft.clone())),
+            inbound: Arc::new(Inbound::new(core.raft.clone(), consensus.clone())),
             consensus,
             soft,
         }

@@ -88,6 +88,7 @@ pub struct State<K> {
     entry: Batch,
     touched: Touched,
     entry_touched: Touched,
+    noted: Option<Batch>,
 }
 
 impl<K: Kv> State<K> {
@@ -99,7 +100,21 @@ impl<K: Kv> State<K> {
             entry: Batch::new(),
             touched: Touched::default(),
             entry_touched: Touched::default(),
+            noted: None,
         }
+    }
+
+    /// A view that notes besides how each entry leaves what may be watched.
+    pub fn noting(kv: K) -> Self {
+        Self {
+            noted: Some(Batch::new()),
+            ..Self::new(kv)
+        }
+    }
+
+    /// The watched rows that changed since this was asked last.
+    pub fn take_noted(&mut self) -> Batch {
+        self.noted.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// The changes since the view was made, to be committed atomically, and what they touched.
@@ -171,6 +186,10 @@ impl<K: Kv> State<K> {
     }
 
     fn keep_entry(&mut self) {
+        if let Some(noted) = &mut self.noted {
+            let watched = self.entry.iter().filter(|(key, _)| row::is_watched(key));
+            noted.extend(watched.map(|(key, value)| (key.clone(), value.clone())));
+        }
         // Not `append`: that rebuilds the whole batch for the few rows of an entry.
         self.batch.extend(std::mem::take(&mut self.entry));
         self.touched.merge(std::mem::take(&mut self.entry_touched));

@@ -3,6 +3,8 @@
 
 #[path = "cluster/repair.rs"]
 mod repair;
+#[path = "cluster/watch.rs"]
+mod watch;
 
 use qsfs_metad::{
     BootstrapOptions, JoinOptions, NodeError, ServeOptions, bootstrap, join, serve_on,

@@ -573,6 +573,27 @@ pub enum MetadError {
     /// Could not be reached, TLS refused, or another cluster answered.
     #[error("metad unreachable: {0}")]
     Unreachable(String),
+    /// The changes after an index are not remembered any more: list anew, then watch from there.
+    #[error(
+        "too old: changes are remembered only from index {oldest} on; list again and watch from there"
+    )]
+    TooOld {
+        /// Oldest index from which a watch can go on.
+        oldest: u64,
+    },
+    /// A limit is reached; the text says which. Not applied.
+    #[error("busy: {0}")]
+    Busy(String),
+}
+
+/// How fresh what a read saw was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Freshness {
+    /// Newest log index that it shows.
+    pub applied: u64,
+    /// What it does not show was committed at most so many ms before the answer was made: an upper bound, by the clock of the node
+    /// that answered alone. 0 for linearizable reads. `None`: the node has not been up to date since it was started.
+    pub age_ms: Option<u64>,
 }
 
 /// One join token as listed: never its secret.

@@ -25,7 +25,7 @@ pub(crate) fn versioned(channel: Channel) -> Versioned {
 
 #[expect(clippy::unnecessary_wraps, reason = "the shape of an interceptor")]
 fn add_version(mut request: Request<()>) -> Result<Request<()>, Status> {
-    let version = MetadataValue::from_static(PROTOCOL_VERSION);
+    let version = MetadataValue::from(PROTOCOL_VERSION);
     request.metadata_mut().insert(PROTOCOL_KEY, version);
     Ok(request)
 }

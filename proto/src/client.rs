@@ -7,10 +7,13 @@
 mod attempt;
 mod line;
 mod session;
+mod watching;
+
+pub use watching::Watching;
 
 use crate::api::{
-    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Member,
-    MetadError, Mutation, PlacementAnswer, TokenInfo, Volume,
+    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Freshness,
+    Member, MetadError, Mutation, PlacementAnswer, TokenInfo, Volume,
 };
 use crate::channel::endpoint_of;
 use crate::dial::{Dial, TlsDial};
@@ -18,6 +21,7 @@ use crate::identity::Identity;
 use crate::server::{Consistency, RequestId};
 use crate::status::Status;
 use crate::verb::{Answer, Query};
+use crate::watch::WatchRequest;
 use crate::wire::{Wire, WireError, pb};
 use attempt::{Kind, Nodes};
 use qsfs_zstor::id::{
@@ -76,6 +80,28 @@ impl Default for Timing {
 pub struct MetadClient {
     shared: Arc<Shared>,
     consistency: Consistency,
+    observed: Option<Observed>,
+}
+
+/// What is known of the freshness of all answers that a client of [`MetadClient::observed`] got.
+#[derive(Debug, Clone, Default)]
+pub struct Observed(Arc<Mutex<Option<Freshness>>>);
+
+impl Observed {
+    /// The lowest index and the highest age of the answers so far; `None` before the first. A listing of several pages may be
+    /// watched on from this index: nothing after it is missed, though some of it may be in the listing already.
+    pub fn freshness(&self) -> Option<Freshness> {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, answer: Freshness) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let so_far = all.unwrap_or(answer);
+        *all = Some(Freshness {
+            applied: so_far.applied.min(answer.applied),
+            age_ms: so_far.age_ms.zip(answer.age_ms).map(|(a, b)| a.max(b)),
+        });
+    }
 }
 
 struct Shared {
@@ -191,6 +217,7 @@ impl MetadClient {
         Ok(Self {
             shared: Arc::new(shared),
             consistency: Consistency::Linearizable,
+            observed: None,
         })
     }
 
@@ -198,9 +225,26 @@ impl MetadClient {
     #[must_use]
     pub fn stale(&self) -> Self {
         Self {
-            shared: self.shared.clone(),
             consistency: Consistency::Stale,
+            ..self.clone()
         }
+    }
+
+    /// The same client, and what tells how fresh the answers to its reads were.
+    #[must_use]
+    pub fn observed(&self) -> (Self, Observed) {
+        let observed = Observed::default();
+        let client = Self {
+            observed: Some(observed.clone()),
+            ..self.clone()
+        };
+        (client, observed)
+    }
+
+    /// Watches changes until it is dropped: goes on at another node by itself when one dies, falls silent or cannot keep up. It ends with
+    /// an error when there is no going on: denied, or too old. See [`crate::watch`].
+    pub fn watch(&self, request: WatchRequest) -> Watching {
+        Watching::start(self.shared.clone(), request)
     }
 
     /// Highest applied index behind an answer to a read so far.
@@ -461,6 +505,12 @@ impl MetadClient {
         });
         let reply = reply.await?;
         shared.applied.fetch_max(reply.applied, Ordering::Relaxed);
+        if let Some(observed) = &self.observed {
+            observed.add(Freshness {
+                applied: reply.applied,
+                age_ms: reply.age_ms,
+            });
+        }
         Answer::from_wire(reply.answer).map_err(unreadable)
     }
 }

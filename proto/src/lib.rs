@@ -4,7 +4,7 @@
 //! MetadClient --gRPC over TLS 1.3 (X25519MLKEM768), client certificate--> server::serve -> dyn MetadService
 //! ```
 //!
-//! - [`api`]: the verbs and nouns as domain types; [`status`]: the status contract
+//! - [`api`]: the verbs and nouns as domain types; [`watch`]: changes as they come; [`status`]: the status contract
 //! - [`identity`], [`ca`], [`token`], [`tls`]: who a process is, how it came to be, and how it proves it
 //! - [`context`]: `cluster.toml`, where the cluster is and who we are
 //! - [`dial`]: how a connection comes to be, which a simulation replaces
@@ -25,6 +25,7 @@ pub mod server;
 pub mod status;
 pub mod tls;
 pub mod token;
+pub mod watch;
 
 mod channel;
 mod verb;

@@ -29,6 +29,8 @@ pub enum RaftRpc {
     Vote,
     /// A chunk of a snapshot.
     Snapshot,
+    /// Up to where is everything committed, confirmed by a majority now?
+    ReadIndex,
 }
 
 /// Why a peer gave no reply.

@@ -6,19 +6,21 @@
 mod accept;
 mod grpc;
 mod roles;
+mod watching;
 
 use accept::{Connection, incoming, known};
 use grpc::{Grpc, check_member, check_metad, check_version};
 
 use crate::api::{
-    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, JoinGrant,
-    JoinRequest, Member, MetadError, Mutation, PlacementAnswer, TokenInfo, Volume,
+    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Freshness,
+    JoinGrant, JoinRequest, Member, MetadError, Mutation, PlacementAnswer, TokenInfo, Volume,
 };
 use crate::dial::ByteStream;
 use crate::identity::{Identity, PeerIdentity};
 use crate::raft::{RAFT_FRAME_BYTES_MAX, RaftRpc};
 use crate::status::Status;
 use crate::tls::{self, ClientAuth, TlsError};
+use crate::watch::{WatchEvent, WatchRequest};
 use crate::wire::pb::join_server::JoinServer;
 use crate::wire::pb::metad_server::MetadServer;
 use crate::wire::pb::raft_server::RaftServer;
@@ -33,7 +35,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
@@ -116,9 +118,9 @@ pub trait MetadService: Send + Sync + 'static {
         mutation: Mutation,
     ) -> Result<Applied, CallError>;
 
-    /// Called before every read: returns when local state is as fresh as asked, with the applied index.
+    /// Called before every read: returns when local state is as fresh as asked, and says how fresh it is.
     /// Linearizable on a node that does not lead is `NotLeader`.
-    async fn barrier(&self, consistency: Consistency) -> Result<u64, CallError>;
+    async fn barrier(&self, consistency: Consistency) -> Result<Freshness, CallError>;
 
     /// By name.
     async fn volume(&self, caller: &PeerIdentity, name: &VolumeName) -> Result<Volume, CallError>;
@@ -207,6 +209,11 @@ pub trait MetadService: Send + Sync + 'static {
     /// Makes another voter the leader.
     async fn transfer_leader(&self, caller: &PeerIdentity, to: MetadId) -> Result<(), CallError>;
 
+    /// Changes from what this node has applied, as they come. `request` is narrowed to what the caller may watch; the shell drops
+    /// single changes that it may not see. Must not wait for a slow reader longer than a limit.
+    async fn watch(&self, caller: &PeerIdentity, request: WatchRequest)
+    -> Result<Watch, CallError>;
+
     /// An agent's session with the leader. Reports arrive on `reports` until the agent is gone; the session ends when the
     /// returned channel's sender is dropped (leadership lost). `agent` must be checked to be the caller's own.
     async fn agent_session(
@@ -215,6 +222,15 @@ pub trait MetadService: Send + Sync + 'static {
         agent: AgentId,
         reports: mpsc::Receiver<AgentReport>,
     ) -> Result<mpsc::Receiver<AgentOrder>, CallError>;
+}
+
+/// A watch that began.
+#[derive(Debug)]
+pub struct Watch {
+    /// What is told.
+    pub events: mpsc::Receiver<WatchEvent>,
+    /// Why it ended, after the last event; dropped without a word: the node is stopping.
+    pub ended: oneshot::Receiver<CallError>,
 }
 
 /// Takes what Raft peers send. Payloads are opaque here.

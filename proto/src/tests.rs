@@ -3,7 +3,11 @@
 
 mod client;
 mod fake;
+mod hanging;
 mod identity;
 mod old;
+mod roles;
 mod server;
 mod tls;
+mod versions;
+mod watch;

@@ -32,8 +32,30 @@ pub(crate) mod pb {
 
 /// Metadata key of [`PROTOCOL_VERSION`].
 pub(crate) const PROTOCOL_KEY: &str = "qsfs-protocol";
-/// Raised when a message changes its meaning; a server refuses others.
-pub(crate) const PROTOCOL_VERSION: &str = "1";
+/// Raised when a message changes its meaning. Both ends understand their own version and its neighbours, so that a cluster can be
+/// upgraded one process at a time; what is further away is refused.
+pub(crate) const PROTOCOL_VERSION: u32 = 1;
+
+/// May a caller of this version be answered? If not, what to do, for people.
+pub(crate) fn check_protocol(callers: Option<&str>) -> Result<(), String> {
+    let Some(version) = callers.and_then(|version| version.parse::<u32>().ok()) else {
+        return Err(format!(
+            "this metad speaks protocol {PROTOCOL_VERSION}, the caller names none: it is no program of qsfs"
+        ));
+    };
+    if version.abs_diff(PROTOCOL_VERSION) <= 1 {
+        return Ok(());
+    }
+    let first = if version > PROTOCOL_VERSION {
+        "upgrade the metad nodes first, one at a time"
+    } else {
+        "upgrade the caller first"
+    };
+    Err(format!(
+        "this metad speaks protocol {PROTOCOL_VERSION} and its neighbours, the caller {version}: {first}"
+    ))
+}
+
 /// Most entries of any list.
 pub(crate) const LIST_MAX: usize = 1 << 16;
 /// Longest text, in bytes (a PEM is the longest).
@@ -332,6 +354,8 @@ pub(crate) fn status_of(error: &CallError) -> tonic::Status {
             MetadError::Invalid(_) => tonic::Code::InvalidArgument,
             MetadError::NoQuorum(_) | MetadError::Unreachable(_) => tonic::Code::Unavailable,
             MetadError::Unknown(_) => tonic::Code::Unknown,
+            MetadError::TooOld { .. } => tonic::Code::OutOfRange,
+            MetadError::Busy(_) => tonic::Code::ResourceExhausted,
         },
     };
     status_with(code, &failure_of(error))
@@ -365,12 +389,15 @@ fn shortened(error: &MetadError) -> MetadError {
         | MetadError::Invalid(text)
         | MetadError::NoQuorum(text)
         | MetadError::Unknown(text)
-        | MetadError::Unreachable(text) => {
+        | MetadError::Unreachable(text)
+        | MetadError::Busy(text) => {
             if text.len() > ERROR_TEXT_BYTES_MAX {
                 text.truncate(text.floor_char_boundary(ERROR_TEXT_BYTES_MAX));
             }
         }
-        MetadError::Fenced { .. } | MetadError::VersionConflict { .. } => {}
+        MetadError::Fenced { .. }
+        | MetadError::VersionConflict { .. }
+        | MetadError::TooOld { .. } => {}
     }
     error
 }

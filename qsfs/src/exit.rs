@@ -65,6 +65,8 @@ pub(crate) fn of_metad(error: &MetadError) -> u8 {
         | MetadError::Denied(_)
         | MetadError::Token(_)
         | MetadError::Invalid(_)
+        | MetadError::TooOld { .. }
+        | MetadError::Busy(_)
         | MetadError::Unknown(_) => ERROR,
     }
 }

@@ -1,7 +1,7 @@
 //! `qsfs health`: the verdict as an exit code, for monitoring.
 
 use crate::session::Session;
-use crate::status::ask;
+use crate::status::{Asked, ask};
 use crate::table::print;
 use qsfs_proto::status::StatusVerdict;
 use std::path::Path;
@@ -17,7 +17,7 @@ pub(crate) async fn run(cluster: Option<&Path>) -> anyhow::Result<u8> {
         Ok(session) => ask(&session).await,
         Err(error) => Err(error),
     };
-    let (status, stale) = match asked {
+    let Asked { status, stale } = match asked {
         Ok(answer) => answer,
         Err(error) => {
             print(&format!("unknown: {error:#}\n"))?;
@@ -30,7 +30,7 @@ pub(crate) async fn run(cluster: Option<&Path>) -> anyhow::Result<u8> {
         .map(|finding| format!("{} {}", finding.name, finding.subject))
         .collect();
     let (word, code) = match status.verdict {
-        _ if stale => ("critical: no quorum", CRITICAL),
+        _ if stale.is_some() => ("critical: no quorum", CRITICAL),
         StatusVerdict::Ok => ("ok", OK),
         StatusVerdict::Warning => ("warning", WARNING),
         StatusVerdict::Critical => ("critical", CRITICAL),

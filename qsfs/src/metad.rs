@@ -1,6 +1,7 @@
 //! `qsfs metad`: the metadata service.
 
 mod keep;
+mod watch;
 
 use crate::session::Session;
 use crate::table::{Table, print, print_json};
@@ -52,6 +53,8 @@ pub(crate) enum MetadCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Show what changes, as it changes
+    Watch(watch::WatchArguments),
     /// Show the cluster's settings, or change those that are given
     Settings {
         #[command(flatten)]
@@ -159,6 +162,7 @@ pub(crate) async fn run(command: MetadCommand, cluster: Option<&Path>) -> anyhow
         MetadCommand::Serve { data } => serve(data).await,
         MetadCommand::Keep(command) => keep::run(command, cluster).await,
         MetadCommand::Members { json } => members(&Session::open(cluster)?, json).await,
+        MetadCommand::Watch(arguments) => watch::run(&Session::open(cluster)?, &arguments).await,
         MetadCommand::Settings { settings, json } => {
             show_settings(&Session::open(cluster)?, &settings, json).await
         }

@@ -5,8 +5,8 @@ use crate::session::Session;
 use crate::table::{print, print_value};
 use crate::units;
 use clap::Args;
-use qsfs_proto::api::MetadError;
-use qsfs_proto::status::{Status, StatusVerdict, VolumeStatus};
+use qsfs_proto::api::{Freshness, MetadError};
+use qsfs_proto::status::{Finding, Status, StatusVerdict, VolumeStatus};
 use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::path::Path;
@@ -30,7 +30,7 @@ pub(crate) struct StatusArguments {
 pub(crate) async fn run(arguments: &StatusArguments, cluster: Option<&Path>) -> anyhow::Result<()> {
     let session = Session::open(cluster)?;
     loop {
-        let (status, stale) = ask(&session).await?;
+        let Asked { status, stale } = ask(&session).await?;
         if arguments.json {
             print_value(&status)?;
         } else {
@@ -46,26 +46,71 @@ pub(crate) async fn run(arguments: &StatusArguments, cluster: Option<&Path>) -> 
     }
 }
 
-/// The status; without a quorum what one node knows (`true`).
-pub(crate) async fn ask(session: &Session) -> anyhow::Result<(Status, bool)> {
-    match session.client().status().await {
-        Ok(status) => Ok((status, false)),
-        Err(error @ MetadError::NoQuorum(_)) => match session.client().stale().status().await {
-            Ok(status) => Ok((status, true)),
-            Err(_) => Err(error.into()),
-        },
-        Err(error) => Err(error.into()),
+/// A status, and how fresh it is when there is no quorum behind it.
+pub(crate) struct Asked {
+    /// What was answered; without a quorum `NO_QUORUM` is among the findings.
+    pub(crate) status: Status,
+    /// One node's answer without a quorum.
+    pub(crate) stale: Option<Freshness>,
+}
+
+/// The status; without a quorum what one node knows.
+pub(crate) async fn ask(session: &Session) -> anyhow::Result<Asked> {
+    let error = match session.client().status().await {
+        Ok(status) => {
+            return Ok(Asked {
+                status,
+                stale: None,
+            });
+        }
+        Err(error @ MetadError::NoQuorum(_)) => error,
+        Err(error) => return Err(error.into()),
+    };
+    let (client, observed) = session.client().stale().observed();
+    let Ok(mut status) = client.status().await else {
+        return Err(error.into());
+    };
+    let stale = observed.freshness();
+    let finding = no_quorum(&status, stale.and_then(|fresh| fresh.age_ms), &error);
+    status.findings.insert(0, finding);
+    status.verdict = StatusVerdict::Critical;
+    Ok(Asked { status, stale })
+}
+
+fn no_quorum(status: &Status, age_ms: Option<u64>, error: &MetadError) -> Finding {
+    let age = match age_ms {
+        Some(age_ms) => format!(
+            "it was up to date {} ago",
+            units::seconds(age_ms.div_ceil(1_000))
+        ),
+        None => "it has not been up to date since it was started".into(),
+    };
+    Finding {
+        name: "NO_QUORUM".into(),
+        subject: "metad".into(),
+        text: format!(
+            "no majority of the {} voters answers ({error}); what follows is what one metad knows, and {age}",
+            status.quorum.voters
+        ),
+        severity: StatusVerdict::Critical,
     }
 }
 
-fn render(status: &Status, stale: bool) -> String {
+fn render(status: &Status, stale: Option<Freshness>) -> String {
     let mut text = String::new();
     let mut line = |what: String| {
         text.push_str(&what);
         text.push('\n');
     };
-    if stale {
-        line("NO QUORUM: this is what one metad node knows, perhaps not the newest".to_owned());
+    if let Some(fresh) = stale {
+        line(format!(
+            "NO QUORUM: this is what one metad node knows, {} (applied {})",
+            match fresh.age_ms {
+                Some(age_ms) => format!("at most {} old", units::seconds(age_ms.div_ceil(1_000))),
+                None => "how old is unknown".into(),
+            },
+            fresh.applied
+        ));
     }
     line(verdict(status));
     for finding in &status.findings {

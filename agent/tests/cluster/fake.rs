@@ -3,16 +3,19 @@
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use qsfs_proto::api::{
-    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Intent,
-    JoinGrant, JoinRequest, Member, MetadError, Mutation, PlacementAnswer, Role, ShardReport,
-    TokenInfo, Verdict, Volume,
+    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Freshness,
+    Intent, JoinGrant, JoinRequest, Member, MetadError, Mutation, PlacementAnswer, Role,
+    ShardReport, TokenInfo, Verdict, Volume,
 };
 use qsfs_proto::ca::CertificateAuthority;
 use qsfs_proto::identity::PeerIdentity;
 use qsfs_proto::raft::RaftRpc;
-use qsfs_proto::server::{CallError, Consistency, MetadService, RaftTransport, RequestId, serve};
+use qsfs_proto::server::{
+    CallError, Consistency, MetadService, RaftTransport, RequestId, Watch, serve,
+};
 use qsfs_proto::status::Status;
 use qsfs_proto::token::JoinToken;
+use qsfs_proto::watch::WatchRequest;
 use qsfs_zstor::id::{
     AgentId, BackendId, ClusterId, DatafileId, MetadId, Stream, VolumeId, VolumeName,
 };
@@ -246,8 +249,15 @@ impl MetadService for Service {
         self.0.apply(mutation)
     }
 
-    async fn barrier(&self, _: Consistency) -> Result<u64, CallError> {
-        Ok(1)
+    async fn barrier(&self, _: Consistency) -> Result<Freshness, CallError> {
+        Ok(Freshness {
+            applied: 1,
+            age_ms: Some(0),
+        })
+    }
+
+    async fn watch(&self, _: &PeerIdentity, _: WatchRequest) -> Result<Watch, CallError> {
+        unreachable!("agents do not watch")
     }
 
     async fn records(

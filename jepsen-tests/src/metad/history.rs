@@ -232,13 +232,16 @@ pub fn failure_of(error: &MetadError) -> (Kind, Failure) {
         MetadError::VersionConflict { current } => {
             (Kind::Fail, Reason::VersionConflict, Some(*current))
         }
-        MetadError::NoQuorum(_) | MetadError::Unreachable(_) => (Kind::Fail, Reason::NotDone, None),
+        MetadError::NoQuorum(_) | MetadError::Unreachable(_) | MetadError::Busy(_) => {
+            (Kind::Fail, Reason::NotDone, None)
+        }
         MetadError::Unknown(_) => (Kind::Unknown, Reason::NotDone, None),
         MetadError::PolicyUnmet(_)
         | MetadError::NotFound(_)
         | MetadError::Exists(_)
         | MetadError::Denied(_)
         | MetadError::Token(_)
+        | MetadError::TooOld { .. }
         | MetadError::Invalid(_) => (Kind::Fail, Reason::Refused, None),
     };
     let text = error.to_string();

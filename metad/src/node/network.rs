@@ -2,6 +2,7 @@
 //!
 //! The certificate of the caller names its Raft id; a request in the name of another node is refused.
 
+use super::consensus::Consensus;
 use super::vigil::Spoken;
 use crate::log::storage::LogStore;
 use crate::raft::{Raft, TypeConfig};
@@ -90,10 +91,20 @@ pub struct Network {
     way: Way,
     me: u64,
     heard: Heard,
+    askers: Askers,
 }
+
+/// Ways to the leader for [`Network::read_index`], beside those of Raft.
+type Askers = Arc<Mutex<BTreeMap<(MetadId, String), RaftPeer>>>;
 
 /// When each peer replied last.
 type Heard = Arc<Mutex<BTreeMap<u64, Instant>>>;
+
+impl std::fmt::Debug for Network {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Network({})", self.me)
+    }
+}
 
 impl Network {
     /// Calls as this identity.
@@ -102,7 +113,32 @@ impl Network {
             way,
             me: me.0,
             heard: Heard::default(),
+            askers: Askers::default(),
         }
+    }
+
+    /// Asks a leader up to where everything is committed, which it answers after a majority confirmed that it leads.
+    pub async fn read_index(
+        &self,
+        leader: MetadId,
+        address: &str,
+        deadline: Duration,
+    ) -> Result<u64, String> {
+        let key = (leader, address.to_owned());
+        let known = self.askers.lock().get(&key).cloned();
+        let peer = match known {
+            Some(peer) => peer,
+            None => {
+                let peer = self.way.to(leader, address).map_err(|e| e.to_string())?;
+                let mut askers = self.askers.lock();
+                // One leader at a time is asked.
+                askers.clear();
+                askers.insert(key, peer.clone());
+                peer
+            }
+        };
+        let reply = peer.call(RaftRpc::ReadIndex, encode(&()), deadline).await;
+        decode(&reply.map_err(|error| error.to_string())?).map_err(|error| error.to_string())
     }
 
     /// Did this peer reply to anything lately?
@@ -239,13 +275,15 @@ impl RaftNetwork<TypeConfig> for Connection {
 pub struct Inbound {
     raft: Raft,
     spoken: Spoken,
+    consensus: Consensus,
 }
 
 impl Inbound {
     /// Hands it to this Raft.
-    pub fn new(raft: Raft) -> Self {
+    pub fn new(raft: Raft, consensus: Consensus) -> Self {
         Self {
             raft,
+            consensus,
             spoken: Spoken::default(),
         }
     }
@@ -286,6 +324,11 @@ impl RaftTransport for Inbound {
                 let request: InstallSnapshotRequest<TypeConfig> = decode(&payload).map_err(text)?;
                 check_sender(from, &request.vote)?;
                 Ok(encode(&self.raft.install_snapshot(request).await))
+            }
+            RaftRpc::ReadIndex => {
+                decode::<()>(&payload).map_err(text)?;
+                let index = self.consensus.barrier().await;
+                Ok(encode(&index.map_err(|error| error.to_string())?))
             }
         }
     }

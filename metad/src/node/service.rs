@@ -1,8 +1,10 @@
 //! The verbs of metad, in domain types. TLS, limits and the role table are proto's; decisions are the state's and the planner's.
 
 use super::consensus::Consensus;
+use super::freshness::Fresh;
 use super::network::Network;
 use super::soft::{Soft, WriterReport};
+use super::watch::Watchers;
 use super::{admission, agents, members, status};
 use crate::machine::rows::Rows;
 use crate::placing;
@@ -11,14 +13,15 @@ use crate::state::command::{Command, Reply, Request};
 use crate::state::kv::KvError;
 use async_trait::async_trait;
 use qsfs_proto::api::{
-    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Intent,
-    JoinGrant, JoinRequest, Member, MetadError, Mutation, PlacementAnswer, Role, TokenInfo,
+    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Freshness,
+    Intent, JoinGrant, JoinRequest, Member, MetadError, Mutation, PlacementAnswer, Role, TokenInfo,
     Verdict, Volume,
 };
 use qsfs_proto::ca::{CertificateAuthority, LEAF_VALIDITY};
 use qsfs_proto::identity::PeerIdentity;
-use qsfs_proto::server::{CallError, Consistency, MetadService, RequestId};
+use qsfs_proto::server::{CallError, Consistency, MetadService, RequestId, Watch};
 use qsfs_proto::status::Status;
+use qsfs_proto::watch::WatchRequest;
 use qsfs_zstor::id::{AgentId, BackendId, DatafileId, MetadId, Stream, VolumeId, VolumeName};
 use qsfs_zstor::placement::Candidate;
 use qsfs_zstor::record::EncodingRecord;
@@ -34,6 +37,8 @@ pub(crate) struct Service {
     soft: Arc<Soft>,
     network: Network,
     authority: CertificateAuthority,
+    fresh: Fresh,
+    watchers: Arc<Watchers>,
 }
 
 fn damaged(error: &KvError) -> CallError {
@@ -47,12 +52,15 @@ impl Service {
         soft: Arc<Soft>,
         network: Network,
         authority: CertificateAuthority,
+        (fresh, watchers): (Fresh, Arc<Watchers>),
     ) -> Self {
         Self {
             consensus,
             soft,
             network,
             authority,
+            fresh,
+            watchers,
         }
     }
 
@@ -184,12 +192,20 @@ impl MetadService for Service {
         }
     }
 
-    async fn barrier(&self, consistency: Consistency) -> Result<u64, CallError> {
+    async fn barrier(&self, consistency: Consistency) -> Result<Freshness, CallError> {
         match consistency {
-            Consistency::Linearizable => self.consensus.barrier().await,
+            Consistency::Linearizable => Ok(Freshness {
+                applied: self.consensus.barrier().await?,
+                age_ms: Some(0),
+            }),
             Consistency::Stale => {
+                // First the age: what is applied meanwhile only makes the answer newer.
+                let age = self.fresh.age();
                 let applied = self.consensus.machine().raft_row().applied;
-                Ok(applied.map_or(0, |id| id.index))
+                Ok(Freshness {
+                    applied: applied.map_or(0, |id| id.index),
+                    age_ms: age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+                })
             }
         }
     }
@@ -352,6 +368,15 @@ impl MetadService for Service {
             "leadership cannot be handed to metad {to} in this version; stop the leading metad and another takes over"
         );
         Err(MetadError::Invalid(text).into())
+    }
+
+    async fn watch(
+        &self,
+        caller: &PeerIdentity,
+        request: WatchRequest,
+    ) -> Result<Watch, CallError> {
+        let whose = format!("{} {}", caller.role, caller.subject);
+        self.watchers.open(&whose, request)
     }
 
     async fn agent_session(

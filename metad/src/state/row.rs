@@ -111,6 +111,16 @@ pub fn decode<T: DeserializeOwned>(key: &[u8], value: &[u8]) -> Result<T, KvErro
     }
 }
 
+/// Is the row of a noun that may be watched ([`qsfs_proto::watch`])?
+pub fn is_watched(key: &[u8]) -> bool {
+    const NOUNS: [u8; 3] = [
+        Table::Backend as u8,
+        Table::Record as u8,
+        Table::Volume as u8,
+    ];
+    key.first().is_some_and(|table| NOUNS.contains(table)) || super::settings::is_settings(key)
+}
+
 /// The big-endian number at `offset` of a key.
 pub fn number_at(key: &[u8], offset: usize) -> Result<u64, KvError> {
     array_at::<8>(key, offset).map(u64::from_be_bytes)

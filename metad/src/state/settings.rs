@@ -78,6 +78,11 @@ pub(super) fn initialize<K: Kv>(
     Ok(Reply::Applied(Applied::Done))
 }
 
+/// Is this the row of the settings?
+pub(super) fn is_settings(key: &[u8]) -> bool {
+    key.first() == Some(&(Table::Single as u8)) && key.get(1..) == Some(b"settings".as_slice())
+}
+
 pub(super) fn set<K: Kv>(
     state: &mut State<K>,
     settings: &ClusterSettings,

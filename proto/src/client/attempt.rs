@@ -46,7 +46,7 @@ struct State {
 }
 
 /// How one attempt ended without an answer.
-enum Failed {
+pub(super) enum Failed {
     /// The call is over.
     Final(MetadError),
     /// Another node leads.
@@ -181,7 +181,8 @@ impl Nodes {
         (address, round_over)
     }
 
-    async fn attempt<T, F>(
+    /// One attempt with one node.
+    pub(super) async fn attempt<T, F>(
         &self,
         address: &str,
         deadline: Instant,
@@ -270,6 +271,22 @@ impl Nodes {
         }
     }
 
+    /// All nodes that are known, the leader first.
+    pub(super) fn addresses(&self) -> Vec<String> {
+        let state = self.lock();
+        let leader = state.leader.iter();
+        let others = state
+            .known
+            .iter()
+            .filter(|known| state.leader.as_ref() != Some(known));
+        leader.chain(others).cloned().collect()
+    }
+
+    /// A connection that fell silent is not used again.
+    pub(super) fn drop_connection(&self, address: &str) {
+        self.lock().open.remove(address);
+    }
+
     fn forget_leader(&self, address: &str) {
         let mut state = self.lock();
         if state.leader.as_deref() == Some(address) {
@@ -283,7 +300,7 @@ impl Nodes {
     }
 }
 
-fn classify(status: &Status) -> Failed {
+pub(super) fn classify(status: &Status) -> Failed {
     match error_of(status) {
         Some(CallError::NotLeader { leader }) => Failed::Redirected(leader),
         // "Certainly not applied": but perhaps by an attempt before.
@@ -291,6 +308,11 @@ fn classify(status: &Status) -> Failed {
         Some(CallError::Refused(MetadError::Unknown(reason) | MetadError::Unreachable(reason))) => {
             Failed::Lost { reason, sent: true }
         }
+        // Another node may have room.
+        Some(CallError::Refused(MetadError::Busy(reason))) => Failed::Lost {
+            reason,
+            sent: false,
+        },
         Some(CallError::Refused(error)) => Failed::Final(error),
         None => classify_transport(status),
     }

@@ -1,13 +1,13 @@
 //! The gRPC face: parse, ask the role table, call the service, answer.
 
 use super::accept::ConnectedPeer;
-use super::roles::{opens, permit_mutation, permit_query, permit_session};
-use super::{CallError, Consistency, MetadService, RaftTransport, SESSION_QUEUE_MAX};
-use crate::api::{AgentReport, MetadError, Mutation, Role};
+use super::roles::{opens, permit_mutation, permit_query, permit_session, permit_watch};
+use super::{CallError, Consistency, MetadService, RaftTransport, SESSION_QUEUE_MAX, watching};
+use crate::api::{AgentReport, Freshness, MetadError, Mutation, Role};
 use crate::client::{MUTATIONS_IN_FLIGHT_MAX, PAGE_MAX, RECORDS_MAX};
 use crate::identity::PeerIdentity;
 use crate::verb::{Answer, Query};
-use crate::wire::{PROTOCOL_KEY, PROTOCOL_VERSION, Wire, WireError, failure_of, pb, status_of};
+use crate::wire::{PROTOCOL_KEY, Wire, WireError, check_protocol, failure_of, pb, status_of};
 use futures::StreamExt;
 use futures::stream::BoxStream;
 use qsfs_zstor::id::{AgentId, MetadId};
@@ -39,15 +39,11 @@ fn invalid(error: impl std::fmt::Display) -> Status {
     refuse(MetadError::Invalid(error.to_string()))
 }
 
-/// Runs before a request's body is read: the version must be ours, and strangers only join.
+/// Runs before a request's body is read: the version must be ours or a neighbour's, and strangers only join.
 pub(super) fn check_version(request: Request<()>) -> Result<Request<()>, Status> {
-    match request.metadata().get(PROTOCOL_KEY) {
-        Some(version) if version == PROTOCOL_VERSION => Ok(request),
-        other => Err(invalid(format_args!(
-            "this metad speaks protocol {PROTOCOL_VERSION}, the caller {}",
-            other.map_or("none", |version| version.to_str().unwrap_or("another"))
-        ))),
-    }
+    let version = request.metadata().get(PROTOCOL_KEY);
+    check_protocol(version.and_then(|version| version.to_str().ok())).map_err(invalid)?;
+    Ok(request)
 }
 
 /// Members of the cluster only.
@@ -121,6 +117,7 @@ impl pb::raft_server::Raft for Grpc {
 impl pb::metad_server::Metad for Grpc {
     type AgentSessionStream = BoxStream<'static, Result<pb::AgentOrder, Status>>;
     type MutationsStream = BoxStream<'static, Result<pb::MutateReply, Status>>;
+    type WatchStream = BoxStream<'static, Result<pb::WatchEvent, Status>>;
 
     async fn hello(
         &self,
@@ -184,14 +181,30 @@ impl pb::metad_server::Metad for Grpc {
         } else {
             Consistency::Linearizable
         };
-        let (applied, answer) = self
+        let (fresh, answer) = self
             .answer(&peer, query, consistency)
             .await
             .map_err(|error| status_of(&error))?;
         Ok(Response::new(pb::AskReply {
-            applied,
+            applied: fresh.applied,
             answer: answer.to_wire(),
+            age_ms: fresh.age_ms,
         }))
+    }
+
+    async fn watch(
+        &self,
+        request: Request<pb::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let peer = caller(request.extensions())?;
+        let request = Wire::from_wire(request.into_inner()).map_err(invalid)?;
+        let request = permit_watch(&peer, request).map_err(refuse)?;
+        let watch = self
+            .service
+            .watch(&peer, request)
+            .await
+            .map_err(|error| status_of(&error))?;
+        Ok(Response::new(watching::stream(peer, watch)))
     }
 
     async fn agent_session(
@@ -311,9 +324,9 @@ impl Grpc {
         peer: &PeerIdentity,
         query: Query,
         consistency: Consistency,
-    ) -> Result<(u64, Answer), CallError> {
+    ) -> Result<(Freshness, Answer), CallError> {
         let service = &self.service;
-        let applied = service.barrier(consistency).await?;
+        let fresh = service.barrier(consistency).await?;
         let answer = match query {
             Query::Volume(name) => {
                 let volume = service.volume(peer, &name).await?;
@@ -379,6 +392,6 @@ impl Grpc {
                 Answer::Done
             }
         };
-        Ok((applied, answer))
+        Ok((fresh, answer))
     }
 }

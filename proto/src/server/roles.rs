@@ -6,6 +6,7 @@
 use crate::api::{MetadError, Mutation, Role};
 use crate::identity::{PeerIdentity, VolumeScope};
 use crate::verb::Query;
+use crate::watch::{Change, WatchRequest};
 use qsfs_zstor::id::VolumeId;
 
 /// Whom a verb is for.
@@ -140,6 +141,38 @@ pub(super) fn permit_query(caller: &PeerIdentity, query: &Query) -> Result<(), M
         | Query::TransferLeader(_) => For::Admin,
     };
     permit(caller, &whom)
+}
+
+/// Asked before a watch opens: what of the request the caller may watch.
+pub(super) fn permit_watch(
+    caller: &PeerIdentity,
+    request: WatchRequest,
+) -> Result<WatchRequest, MetadError> {
+    permit(caller, &For::Members)?;
+    let Some(VolumeScope::One(own)) = caller.volume_scope() else {
+        return Ok(request);
+    };
+    match request.volume {
+        Some(volume) if volume != own => {
+            Err(refused(caller, &format!("does not open volume {volume}")))
+        }
+        _ => Ok(WatchRequest {
+            volume: Some(own),
+            ..request
+        }),
+    }
+}
+
+/// May the caller see this change? Asked for every change that is told, whatever the request was narrowed to.
+pub(super) fn sees(caller: &PeerIdentity, change: &Change) -> bool {
+    match change {
+        Change::Volume(volume) => opens(caller, volume.id),
+        Change::VolumeRemoved(volume) | Change::RecordRemoved { volume, .. } => {
+            opens(caller, *volume)
+        }
+        Change::Record(record) => opens(caller, record.volume),
+        Change::Backend(_) | Change::Settings(_) => true,
+    }
 }
 
 /// Asked before an agent session opens.

@@ -1,8 +1,8 @@
 //! A metad that keeps nothing but what the tests ask about.
 
 use crate::api::{
-    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, JoinGrant,
-    JoinRequest, Member, MetadError, Mutation, PlacementAnswer, Role, TokenInfo, Volume,
+    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Freshness,
+    JoinGrant, JoinRequest, Member, MetadError, Mutation, PlacementAnswer, Role, TokenInfo, Volume,
     VolumeSettings,
 };
 use crate::ca::{CertificateAuthority, LEAF_VALIDITY};
@@ -10,9 +10,10 @@ use crate::client::{MetadClient, Timing};
 use crate::identity::{Identity, PeerIdentity};
 use crate::raft::RaftRpc;
 use crate::server::{
-    CallError, Consistency, MetadService, RaftTransport, RequestId, ServeError, serve,
+    CallError, Consistency, MetadService, RaftTransport, RequestId, ServeError, Watch, serve,
 };
 use crate::status::{Status, StatusVerdict};
+use crate::watch::{WatchEvent, WatchRequest};
 use async_trait::async_trait;
 use bytes::Bytes;
 use qsfs_zstor::id::{
@@ -26,7 +27,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::TcpListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -40,6 +41,10 @@ pub(super) struct Cluster {
     /// So many of the next mutations are applied, but never answered.
     pub(super) lose_answers: AtomicUsize,
     pub(super) joins: AtomicUsize,
+    /// What watches tell, and from which index on it is remembered.
+    pub(super) history: tokio::sync::watch::Sender<(u64, Vec<WatchEvent>)>,
+    /// Nodes that were asked for a watch, and after what.
+    pub(super) watches: Mutex<Vec<(String, Option<u64>)>>,
 }
 
 impl Cluster {
@@ -51,6 +56,8 @@ impl Cluster {
             answers: Mutex::default(),
             lose_answers: AtomicUsize::new(0),
             joins: AtomicUsize::new(0),
+            history: tokio::sync::watch::Sender::default(),
+            watches: Mutex::default(),
         })
     }
 
@@ -79,7 +86,15 @@ impl Node {
     }
 
     pub(super) async fn start_as(cluster: &Arc<Cluster>, identity: &Identity) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::start_at(cluster, identity, "127.0.0.1:0").await
+    }
+
+    pub(super) async fn start_at(
+        cluster: &Arc<Cluster>,
+        identity: &Identity,
+        address: &str,
+    ) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let shutdown = CancellationToken::new();
         let session = Arc::new(Mutex::new(None));
@@ -177,7 +192,7 @@ impl RaftTransport for Fake {
     async fn handle(&self, from: MetadId, rpc: RaftRpc, payload: Bytes) -> Result<Bytes, String> {
         match rpc {
             RaftRpc::Vote => Err(format!("no vote for {from}")),
-            RaftRpc::Append | RaftRpc::Snapshot => Ok(payload),
+            RaftRpc::Append | RaftRpc::Snapshot | RaftRpc::ReadIndex => Ok(payload),
         }
     }
 }
@@ -237,12 +252,15 @@ impl MetadService for Fake {
         Ok(answer)
     }
 
-    async fn barrier(&self, consistency: Consistency) -> Result<u64, CallError> {
+    async fn barrier(&self, consistency: Consistency) -> Result<Freshness, CallError> {
         match consistency {
             Consistency::Linearizable => self.lead()?,
             Consistency::Stale => {}
         }
-        Ok(42)
+        Ok(Freshness {
+            applied: 42,
+            age_ms: (consistency == Consistency::Stale).then_some(1_234),
+        })
     }
 
     async fn volume(&self, _: &PeerIdentity, name: &VolumeName) -> Result<Volume, CallError> {
@@ -359,6 +377,38 @@ impl MetadService for Fake {
 
     async fn transfer_leader(&self, _: &PeerIdentity, _: MetadId) -> Result<(), CallError> {
         Ok(())
+    }
+
+    async fn watch(&self, _: &PeerIdentity, request: WatchRequest) -> Result<Watch, CallError> {
+        let asked = (self.address.clone(), request.after);
+        self.cluster.watches.lock().unwrap().push(asked);
+        let mut history = self.cluster.history.subscribe();
+        history.mark_changed();
+        let mut position = request.after.unwrap_or(0);
+        let floor = history.borrow().0;
+        if position < floor {
+            return Err(MetadError::TooOld { oldest: floor }.into());
+        }
+        let (sender, events) = mpsc::channel(4);
+        let (end, ended) = oneshot::channel();
+        tokio::spawn(async move {
+            let _end = end;
+            let mut news = vec![WatchEvent::Began(position)];
+            loop {
+                for event in news {
+                    position = position.max(event.index());
+                    if sender.send(event).await.is_err() {
+                        return;
+                    }
+                }
+                if history.changed().await.is_err() {
+                    return;
+                }
+                let all = history.borrow_and_update().1.clone();
+                news = all.into_iter().filter(|e| e.index() > position).collect();
+            }
+        });
+        Ok(Watch { events, ended })
     }
 
     async fn agent_session(

@@ -40,7 +40,8 @@ wire_enum!(Intent {
 wire_enum!(RaftRpc {
     Append,
     Vote,
-    Snapshot
+    Snapshot,
+    ReadIndex
 });
 wire_enum!(StatusVerdict {
     Ok,

@@ -14,6 +14,7 @@ use crate::status::{
     StatusVerdict, VolumeStatus,
 };
 use crate::verb::{Answer, Query};
+use crate::watch::{Change, WatchRequest};
 use proptest::prelude::{any, proptest};
 use prost::Message;
 use qsfs_zstor::id::{
@@ -375,6 +376,24 @@ arb_enum!(MetadError:
     |r| Self::NoQuorum(Arb::arb(r)),
     |r| Self::Unknown(Arb::arb(r)),
     |r| Self::Unreachable(Arb::arb(r)),
+    |r| Self::TooOld { oldest: Arb::arb(r) },
+    |r| Self::Busy(Arb::arb(r)),
+);
+arb_struct!(WatchRequest {
+    after,
+    volume,
+    records,
+    volumes,
+    backends,
+    settings
+});
+arb_enum!(Change:
+    |r| Self::Volume(Arb::arb(r)),
+    |r| Self::VolumeRemoved(Arb::arb(r)),
+    |r| Self::Record(Arb::arb(r)),
+    |r| Self::RecordRemoved { volume: Arb::arb(r), datafile: Arb::arb(r) },
+    |r| Self::Backend(Arb::arb(r)),
+    |r| Self::Settings(Arb::arb(r)),
 );
 arb_enum!(Mutation:
     |r| Self::CreateVolume {
@@ -507,6 +526,8 @@ proptest! {
         there_and_back::<pb::JoinRequest, JoinRequest>(rng);
         there_and_back::<pb::JoinGrant, JoinGrant>(rng);
         there_and_back::<pb::RequestId, RequestId>(rng);
+        there_and_back::<pb::WatchRequest, WatchRequest>(rng);
+        there_and_back::<pb::Change, Change>(rng);
     }
 
     #[test]
@@ -525,6 +546,8 @@ proptest! {
         hostile::<pb::AgentOrder, AgentOrder>(&bytes);
         hostile::<pb::AgentReport, AgentReport>(&bytes);
         hostile::<pb::JoinRequest, JoinRequest>(&bytes);
+        hostile::<pb::WatchRequest, WatchRequest>(&bytes);
+        hostile::<pb::Change, Change>(&bytes);
     }
 }
 

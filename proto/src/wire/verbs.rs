@@ -7,6 +7,7 @@ use crate::api::{
 };
 use crate::server::RequestId;
 use crate::verb::{Answer, Query};
+use crate::watch::{Change, WatchRequest};
 
 wire_struct!(RequestId {
     client,
@@ -41,10 +42,11 @@ wire_oneof!(MetadError in metad_error;
         Held = Held { holder, epoch },
         Fenced = Fenced { current },
         VersionConflict = VersionConflict { current },
+        TooOld = TooOld { oldest },
     }
     values {
         NoSuchVolume, PolicyUnmet, NotFound, Exists, Denied, Token, Invalid, NoQuorum, Unknown,
-        Unreachable,
+        Unreachable, Busy,
     }
     units {}
 );
@@ -115,5 +117,20 @@ wire_oneof!(AgentReport in agent_report;
         ShardDeleted = ShardDeleted { backend, volume, datafile, salt, shard },
     }
     values {}
+    units {}
+);
+
+wire_struct!(WatchRequest {
+    after,
+    volume,
+    records,
+    volumes,
+    backends,
+    settings
+});
+
+wire_oneof!(Change in change;
+    fields { RecordRemoved = RecordRemoved { volume, datafile } }
+    values { Volume, VolumeRemoved, Record, Backend, Settings }
     units {}
 );
