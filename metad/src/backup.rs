@@ -33,6 +33,18 @@ const WANTED_DEADLINE: Duration = Duration::from_secs(120);
 const WANTED: &str = "wanted";
 const EXTENSION: &str = "backup";
 
+/// How the backups of a running node stand.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct BackupState {
+    /// When the newest one that verified was begun, ms since the epoch; 0: there is none.
+    pub newest_ms: u64,
+    /// Why the last try failed; empty when it did not.
+    pub problem: String,
+    /// The newest holds so much less than the one before (rows: before, now) that it is an alarm.
+    pub shrunk: Option<(u64, u64)>,
+}
+
 /// What a backup holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackupFacts {
@@ -114,7 +126,7 @@ pub fn kept(data: &Path) -> Result<Vec<PathBuf>, NodeError> {
 }
 
 /// Writes one more backup of a running node, reads it back, and removes the oldest beyond [`KEPT`].
-fn keep_one(machine: &Machine, data: &Path) -> Result<BackupFacts, NodeError> {
+fn keep_one(machine: &Machine, data: &Path) -> Result<(BackupFacts, Shrunk), NodeError> {
     let dir = folder(data);
     fs::create_dir_all(&dir).map_err(io("create", &dir))?;
     remove_unfinished(&dir)?;
@@ -136,13 +148,23 @@ fn keep_one(machine: &Machine, data: &Path) -> Result<BackupFacts, NodeError> {
             rows = facts.rows, before = last.rows, path = %path.display(),
             "the newest backup of the metadata holds less than half of the one before: no older one is removed; look before you go on"
         );
-        return Ok(BackupFacts { path, ..facts });
+        let shrunk = Some((last.rows, facts.rows));
+        return Ok((BackupFacts { path, ..facts }, shrunk));
     }
     let over = (before.len() + 1).saturating_sub(KEPT);
     for old in before.iter().take(over) {
         fs::remove_file(old).map_err(io("remove", old))?;
     }
-    Ok(BackupFacts { path, ..facts })
+    Ok((BackupFacts { path, ..facts }, None))
+}
+
+/// Rows before and now, when there are alarmingly fewer.
+type Shrunk = Option<(u64, u64)>;
+
+/// When a backup was begun: its name says it.
+fn begun_ms(path: &Path) -> u64 {
+    let stem = path.file_stem().and_then(|stem| stem.to_str());
+    stem.and_then(|stem| stem.parse().ok()).unwrap_or(0)
 }
 
 /// What a crash left half written.
@@ -162,9 +184,19 @@ fn sync_dir(dir: &Path) -> Result<(), NodeError> {
 }
 
 /// Backs a running node up, now and then and whenever somebody wants it, until `stop`.
-pub(crate) async fn run(machine: Machine, data: PathBuf, stop: CancellationToken) {
+pub(crate) async fn run(
+    machine: Machine,
+    data: PathBuf,
+    tell: impl Fn(BackupState, DiskRoom),
+    stop: CancellationToken,
+) {
     let mut due = Instant::now() + INTERVAL;
+    let mut state = BackupState {
+        newest_ms: kept(&data).map_or(0, |kept| kept.last().map_or(0, |path| begun_ms(path))),
+        ..BackupState::default()
+    };
     loop {
+        tell(state.clone(), disk_room(&data));
         tokio::select! {
             () = tokio::time::sleep(LOOK) => {}
             () = stop.cancelled() => return,
@@ -177,10 +209,18 @@ pub(crate) async fn run(machine: Machine, data: PathBuf, stop: CancellationToken
         let (machine, data) = (machine.clone(), data.clone());
         let written = tokio::task::spawn_blocking(move || keep_one(&machine, &data)).await;
         match written {
-            Ok(Ok(facts)) => {
-                tracing::info!(path = %facts.path.display(), rows = facts.rows, "backed up")
+            Ok(Ok((facts, shrunk))) => {
+                tracing::info!(path = %facts.path.display(), rows = facts.rows, "backed up");
+                state = BackupState {
+                    newest_ms: begun_ms(&facts.path),
+                    problem: String::new(),
+                    shrunk,
+                };
             }
-            Ok(Err(error)) => tracing::error!(%error, "no backup was written"),
+            Ok(Err(error)) => {
+                tracing::error!(%error, "no backup was written");
+                state.problem = error.to_string();
+            }
             Err(_) => return,
         }
         if let Err(error) = fs::remove_file(&wanted)
@@ -189,6 +229,16 @@ pub(crate) async fn run(machine: Machine, data: PathBuf, stop: CancellationToken
             tracing::error!(%error, "a wish for a backup cannot be removed");
         }
     }
+}
+
+/// Free bytes and all bytes of the disk under a directory; 0 when it does not say.
+pub(crate) type DiskRoom = (u64, u64);
+
+fn disk_room(data: &Path) -> DiskRoom {
+    nix::sys::statvfs::statvfs(data).map_or((0, 0), |disk| {
+        let block = disk.fragment_size();
+        (disk.blocks_available() * block, disk.blocks() * block)
+    })
 }
 
 /// Where the authority's key of a backup is.

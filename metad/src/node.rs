@@ -12,6 +12,7 @@ pub mod agents;
 pub mod bare;
 pub mod consensus;
 pub mod datadir;
+pub mod facts;
 pub mod freshness;
 pub mod leader;
 pub mod members;
@@ -33,6 +34,7 @@ use crate::machine::{Machine, MachineError};
 use crate::raft::{LogId, Raft};
 use consensus::Consensus;
 use datadir::{DataDir, NodeFile};
+use facts::NodeFacts;
 use freshness::Fresh;
 use network::{Inbound, Network, Outbound, Way};
 use openraft::{Config, SnapshotPolicy};
@@ -50,6 +52,9 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use watch::Watchers;
+
+#[cfg(test)]
+pub(crate) use renewal::is_damage;
 
 /// Between heartbeats of the leader, and the deadline of one message to a follower.
 const HEARTBEAT_MS: u64 = 150;
@@ -359,9 +364,22 @@ pub(crate) async fn run(
             opened => opened?,
         };
     let stop = shutdown.child_token();
+    let clock = Arc::clone(&core.machine.ground().clock);
+    let expires_ms = identity.expires_ms()?;
+    core.network
+        .set_own_facts(NodeFacts::of_this_program(clock.now_ms(), expires_ms));
+    let about = core.network.clone();
     let backing_up = tokio::spawn(crate::backup::run(
         core.machine.clone(),
         dir.path().to_owned(),
+        move |backup, (disk_free_bytes, disk_bytes)| {
+            about.set_own_facts(NodeFacts {
+                backup,
+                disk_free_bytes,
+                disk_bytes,
+                ..about.own_facts()
+            });
+        },
         stop.clone(),
     ));
     let remembering = tokio::spawn(remember_peers(
@@ -427,7 +445,11 @@ impl Running {
                 authority,
                 (fresh, Arc::new(watchers)),
             )),
-            inbound: Arc::new(Inbound::new(core.raft.clone(), consensus.clone())),
+            inbound: Arc::new(Inbound::new(
+                core.raft.clone(),
+                consensus.clone(),
+                core.network.clone(),
+            )),
             consensus,
             soft,
         }

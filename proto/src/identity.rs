@@ -321,6 +321,15 @@ impl Identity {
         &self.peer.subject
     }
 
+    /// When the certificate ends, ms since the epoch.
+    pub fn expires_ms(&self) -> Result<u64, IdentityError> {
+        let leaf = certificate_from_pem("certificate", &self.pem.certificate)?;
+        let (_, parsed) = X509Certificate::from_der(&leaf)
+            .map_err(|error| IdentityError::malformed("certificate", error))?;
+        let seconds = parsed.validity().not_after.timestamp();
+        Ok(u64::try_from(seconds).unwrap_or(0).saturating_mul(1_000))
+    }
+
     /// The CA as PEM.
     pub fn ca_pem(&self) -> &str {
         &self.pem.ca

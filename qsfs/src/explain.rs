@@ -74,6 +74,46 @@ pub(crate) const FINDINGS: &[(&str, &str, &str)] = &[
         "The client that writes the volume was not heard for a while, so it is not known what is at risk there.",
         "Look at that machine: is the mount alive, does it reach metad? If it is gone for good, mount elsewhere with the recovery kit and --takeover.",
     ),
+    (
+        "METAD_RENEWING",
+        "A metad node does not vote yet: it has just joined, or its disk was damaged and it copies everything from its peers under a new id.",
+        "Wait: it votes by itself when it has caught up. If that takes long, see its log.",
+    ),
+    (
+        "METAD_MAJORITY",
+        "One location holds a majority of the metad voters. When it is lost, nothing can be committed until it returns.",
+        "Move a voter: `qsfs token create --role metad`, `qsfs metad join` at another location, then `qsfs metad remove NAME --apply`.",
+    ),
+    (
+        "METAD_DISK_FULL",
+        "The disk under a metad's data directory is nearly full. Without room for its log the node stops; nothing acknowledged is lost.",
+        "Make room on that disk, or stop the node, move its data directory to a larger one, and serve from there.",
+    ),
+    (
+        "METAD_VERSIONS",
+        "The metad nodes run different programs. They work together; what only the newer ones can do waits.",
+        "Go on with the upgrade, one node at a time, waiting for `qsfs status` to be well in between.",
+    ),
+    (
+        "BACKUP_OLD",
+        "A metad node has not written a backup of the metadata for several hours, though it writes one an hour.",
+        "See its log and its disk. `qsfs metad backup --data DIR --to FILE` writes one now.",
+    ),
+    (
+        "BACKUP_FAILING",
+        "A metad node could not write, or not read back, its newest backup of the metadata; the text says why.",
+        "Mend what the text says (usually the disk), then `qsfs metad backup --data DIR --to FILE`.",
+    ),
+    (
+        "BACKUP_SHRUNK",
+        "The newest backup of a metad node holds less than half the rows of the one before. No older one is removed for it.",
+        "If volumes or much data were deleted, nothing. Else copy the older files of DATA/backups away and find out why; `qsfs metad verify FILE` says what one holds.",
+    ),
+    (
+        "CERTIFICATE_EXPIRES",
+        "The certificate of a metad node ends soon; after that nobody can connect to it.",
+        "Let it join again under the same name: `qsfs metad remove NAME --apply`, then `qsfs metad join` with an empty data directory. One node at a time.",
+    ),
 ];
 
 /// Prints one, or all names.

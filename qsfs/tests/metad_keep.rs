@@ -221,3 +221,70 @@ fn survived(cluster: &mut Cluster) {
     join(&mut cluster.daemons, "o1", "ams", &tokens_said(&said)[0]);
     until_voters(&qsfs, 2);
 }
+
+fn status(qsfs: &Binary) -> Result<serde_json::Value, String> {
+    let said = qsfs.run(["status", "--json"]);
+    serde_json::from_str(&said.stdout).map_err(|_| said.stderr)
+}
+
+#[test]
+fn changes_are_watched_and_without_a_quorum_status_says_how_old_it_is() {
+    let mut cluster = start();
+    let before = status(&cluster.qsfs).unwrap()["quorum"]["applied"].to_string();
+    for rebuilds in ["3", "4"] {
+        let change = ["metad", "settings", "--rebuilds", rebuilds];
+        cluster.qsfs.run(change).ok();
+    }
+    let watch = [
+        "metad", "watch", "--after", &before, "--count", "2", "--json",
+    ];
+    let said = cluster.qsfs.run(watch).ok().stdout;
+    let lines: Vec<serde_json::Value> = said
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let began = &lines[0];
+    assert_eq!(
+        (&began["event"], &began["index"].to_string()),
+        (&"began".into(), &before)
+    );
+    let changes: Vec<_> = lines
+        .iter()
+        .filter(|line| line["event"] == "changes")
+        .collect();
+    let rebuilds = changes
+        .iter()
+        .map(|line| &line["changes"][0]["settings"]["rebuilds_max"]);
+    assert_eq!(rebuilds.collect::<Vec<_>>(), [3, 4]);
+    assert!(changes[0]["index"].as_u64() < changes[1]["index"].as_u64());
+    let said = cluster
+        .qsfs
+        .run(["metad", "watch", "--after", &before, "--count", "1"])
+        .ok()
+        .stdout;
+    assert!(said.contains("settings changed"), "{said}");
+
+    // m1 stays, which has been up to date until now.
+    for name in ["m2", "m3"] {
+        cluster.daemons.stop(name);
+    }
+    wait_for("no quorum", || {
+        let status = status(&cluster.qsfs)?;
+        let told = |finding: &&serde_json::Value| finding["name"] == "NO_QUORUM";
+        let finding = status["findings"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .find(told);
+        let text = finding.map_or("", |finding| finding["text"].as_str().unwrap());
+        holds(
+            status["verdict"] == "critical" && text.contains("it was up to date"),
+            &status,
+        )
+    });
+    let said = cluster.qsfs.run(["status"]).ok().stdout;
+    assert!(
+        said.contains("NO QUORUM") && said.contains("at most"),
+        "{said}"
+    );
+}

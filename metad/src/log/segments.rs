@@ -480,7 +480,7 @@ fn replay(
     Ok(())
 }
 
-fn decode(path: &Path, offset: u64, payload: &[u8]) -> Result<LogEntry, LogError> {
+pub(super) fn decode(path: &Path, offset: u64, payload: &[u8]) -> Result<LogEntry, LogError> {
     let bad = |reason: String| LogError::Frame {
         path: path.to_owned(),
         offset,
@@ -488,10 +488,15 @@ fn decode(path: &Path, offset: u64, payload: &[u8]) -> Result<LogEntry, LogError
     };
     match payload.split_first() {
         Some((&ENTRY_VERSION, body)) => {
-            postcard::from_bytes(body).map_err(|error| bad(error.to_string()))
+            // The frame verified: nobody harmed it, somebody newer wrote it.
+            postcard::from_bytes(body).map_err(|error| {
+                bad(format!(
+                    "an entry that this program does not know ({error}): start the newer program that wrote it; nothing is given up"
+                ))
+            })
         }
         Some((version, _)) => Err(bad(format!(
-            "entry version {version} is unknown: use a newer program"
+            "entry version {version} is unknown: start the newer program that wrote it; nothing is given up"
         ))),
         None => Err(bad("an empty entry".into())),
     }

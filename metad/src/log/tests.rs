@@ -154,3 +154,28 @@ fn a_damaged_vote_is_an_error_not_a_missing_vote() {
     std::fs::write(log.vote_path(), b"short").unwrap();
     assert!(log.load_vote().is_err());
 }
+
+/// What a newer program wrote is told from damage: the node stops and says what to do, and gives nothing up.
+#[test]
+fn an_entry_of_a_newer_program_is_refused_with_what_to_do_and_is_no_damage() {
+    let known = entry(1, 7);
+    let mut body = postcard::to_extend(&known, vec![1]).unwrap();
+    let path = Path::new("x.log");
+    let decoded = super::segments::decode(path, 0, &body).unwrap();
+    assert_eq!(decoded.log_id, known.log_id);
+    // The command is what comes last: its variant, then an empty list.
+    let variant = body.len() - 2;
+    assert_eq!(body[variant], 2, "SetVerdicts");
+    body[variant] = 99;
+    let unknown = super::segments::decode(path, 0, &body).unwrap_err();
+    body[0] = 2;
+    let newer = super::segments::decode(path, 0, &body).unwrap_err();
+    for error in [unknown, newer] {
+        assert!(matches!(&error, LogError::Frame { .. }), "{error}");
+        assert!(
+            error.to_string().contains("start the newer program"),
+            "{error}"
+        );
+        assert!(!crate::node::is_damage(&error.into()));
+    }
+}

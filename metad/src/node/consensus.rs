@@ -5,6 +5,7 @@
 
 mod proposer;
 
+use super::facts::check_level;
 use crate::ground::WallClock;
 use crate::machine::Machine;
 use crate::raft::Raft;
@@ -14,7 +15,7 @@ use proposer::Proposer;
 use qsfs_proto::api::MetadError;
 use qsfs_proto::server::CallError;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
@@ -51,6 +52,7 @@ pub struct Consensus {
     clock: Arc<Clock>,
     readers: mpsc::Sender<oneshot::Sender<Answer>>,
     proposer: Proposer,
+    cluster_level: Arc<AtomicU32>,
 }
 
 impl Consensus {
@@ -67,7 +69,13 @@ impl Consensus {
                 last_ms: AtomicU64::new(0),
             }),
             readers,
+            cluster_level: Arc::new(AtomicU32::new(1)),
         }
+    }
+
+    /// From now on commands up to this level may be proposed: every member can apply them.
+    pub(super) fn set_cluster_level(&self, level: u32) {
+        self.cluster_level.store(level, Ordering::Relaxed);
     }
 
     /// Leader time.
@@ -106,6 +114,8 @@ impl Consensus {
         command: Command,
         request: Option<Request>,
     ) -> Result<Reply, CallError> {
+        let level = self.cluster_level.load(Ordering::Relaxed);
+        check_level(command.feature_level(), level).map_err(MetadError::Invalid)?;
         let entry = Entry {
             time_ms: self.now_ms(),
             request,

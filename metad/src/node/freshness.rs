@@ -6,6 +6,7 @@
 //! way can make it too small.
 
 use super::consensus::Consensus;
+use super::facts::cluster_level;
 use super::network::Network;
 use parking_lot::Mutex;
 use qsfs_zstor::id::MetadId;
@@ -46,6 +47,13 @@ pub(super) async fn run(
 ) {
     loop {
         let asked = Instant::now();
+        if consensus.leads() {
+            let rows = consensus.machine().read(|state| state.members());
+            let members = rows.unwrap_or_default();
+            let levels = members.iter().map(|row| network.facts_of(row.id));
+            let level = cluster_level(levels.map(|facts| Some(facts?.feature_level)));
+            consensus.set_cluster_level(level);
+        }
         if let Ok(Some(index)) = timeout(ASK_DEADLINE, committed(&consensus, &network)).await {
             let mut applied = consensus.machine().applied_index();
             let reached = timeout(ASK_DEADLINE, applied.wait_for(|applied| *applied >= index));

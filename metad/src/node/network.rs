@@ -3,6 +3,7 @@
 //! The certificate of the caller names its Raft id; a request in the name of another node is refused.
 
 use super::consensus::Consensus;
+use super::facts::NodeFacts;
 use super::vigil::Spoken;
 use crate::log::storage::LogStore;
 use crate::raft::{Raft, TypeConfig};
@@ -37,6 +38,9 @@ pub const SNAPSHOT_CHUNK_BYTES: u64 = 2 << 20;
 
 /// Pause before an unreachable peer is tried again.
 const RETRY: Duration = Duration::from_millis(200);
+
+/// What a peer said of itself counts for so long; it says it every second.
+const FACTS_FRESH: Duration = Duration::from_secs(30);
 
 /// Version of the payload encoding, first byte of every payload.
 const PAYLOAD_VERSION: u8 = 1;
@@ -92,7 +96,12 @@ pub struct Network {
     me: u64,
     heard: Heard,
     askers: Askers,
+    own_facts: Arc<Mutex<NodeFacts>>,
+    peers_facts: PeersFacts,
 }
+
+/// What each peer said of itself, and when.
+type PeersFacts = Arc<Mutex<BTreeMap<u64, (Instant, NodeFacts)>>>;
 
 /// Ways to the leader for [`Network::read_index`], beside those of Raft.
 type Askers = Arc<Mutex<BTreeMap<(MetadId, String), RaftPeer>>>;
@@ -114,7 +123,34 @@ impl Network {
             me: me.0,
             heard: Heard::default(),
             askers: Askers::default(),
+            own_facts: Arc::default(),
+            peers_facts: PeersFacts::default(),
         }
+    }
+
+    /// What this node says of itself.
+    pub fn own_facts(&self) -> NodeFacts {
+        self.own_facts.lock().clone()
+    }
+
+    /// From now on it says this.
+    pub fn set_own_facts(&self, facts: NodeFacts) {
+        *self.own_facts.lock() = facts;
+    }
+
+    fn heard_facts(&self, of: MetadId, facts: NodeFacts) {
+        let mut known = self.peers_facts.lock();
+        known.insert(of.0, (Instant::now(), facts));
+    }
+
+    /// What a node said of itself lately; to the leader they all do.
+    pub fn facts_of(&self, node: MetadId) -> Option<NodeFacts> {
+        if node.0 == self.me {
+            return Some(self.own_facts());
+        }
+        let facts = self.peers_facts.lock();
+        let (at, facts) = facts.get(&node.0)?;
+        (at.elapsed() < FACTS_FRESH).then(|| facts.clone())
     }
 
     /// Asks a leader up to where everything is committed, which it answers after a majority confirmed that it leads.
@@ -137,7 +173,9 @@ impl Network {
                 peer
             }
         };
-        let reply = peer.call(RaftRpc::ReadIndex, encode(&()), deadline).await;
+        let facts = serde_json::to_string(&self.own_facts()).map_err(|e| e.to_string())?;
+        let reply = peer.call(RaftRpc::ReadIndex, encode(&facts), deadline);
+        let reply = reply.await;
         decode(&reply.map_err(|error| error.to_string())?).map_err(|error| error.to_string())
     }
 
@@ -276,14 +314,16 @@ pub struct Inbound {
     raft: Raft,
     spoken: Spoken,
     consensus: Consensus,
+    network: Network,
 }
 
 impl Inbound {
     /// Hands it to this Raft.
-    pub fn new(raft: Raft, consensus: Consensus) -> Self {
+    pub fn new(raft: Raft, consensus: Consensus, network: Network) -> Self {
         Self {
             raft,
             consensus,
+            network,
             spoken: Spoken::default(),
         }
     }
@@ -326,10 +366,29 @@ impl RaftTransport for Inbound {
                 Ok(encode(&self.raft.install_snapshot(request).await))
             }
             RaftRpc::ReadIndex => {
-                decode::<()>(&payload).map_err(text)?;
+                let facts: String = decode(&payload).map_err(text)?;
+                let facts = serde_json::from_str(&facts).map_err(|error| error.to_string())?;
+                self.network.heard_facts(from, facts);
                 let index = self.consensus.barrier().await;
                 Ok(encode(&index.map_err(|error| error.to_string())?))
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::raft::Vote;
+
+    /// The certificate says who speaks (proto's tests); here it must be the one in whose name the message speaks.
+    #[test]
+    fn a_metad_that_speaks_in_the_name_of_another_is_refused() {
+        assert!(check_sender(MetadId(2), &Vote::new(5, 2)).is_ok());
+        assert!(check_sender(MetadId(2), &Vote::new_committed(5, 2)).is_ok());
+        for vote in [Vote::new(5, 3), Vote::new_committed(5, 3)] {
+            let refused = check_sender(MetadId(2), &vote);
+            assert!(refused.is_err_and(|text| text.contains("in the name of metad 3")));
         }
     }
 }

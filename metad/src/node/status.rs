@@ -1,9 +1,11 @@
 //! The whole status, per the contract for scripts. Gathered here; what it means is decided in [`findings`], pure.
 
 pub mod findings;
+mod metads;
 mod time;
 
 use super::consensus::Consensus;
+use super::facts::NodeFacts;
 use super::members;
 use super::network::Network;
 use super::soft::{Soft, Term, WriterReport};
@@ -59,11 +61,15 @@ pub(super) async fn gather(
     };
     let state = consensus.machine().read(state_view)?;
     let members = members::list(consensus.raft(), network, &state.members);
+    let nodes: Vec<_> = members
+        .iter()
+        .map(|member| network.facts_of(member.id))
+        .collect();
     Ok(assemble(
         now_ms,
         &view,
         &state,
-        &members,
+        (&members, &nodes),
         quorum(consensus, &members),
     ))
 }
@@ -170,7 +176,7 @@ fn assemble(
     now_ms: u64,
     view: &LeaderView,
     state: &StateView,
-    members: &[Member],
+    (members, nodes): (&[Member], &[Option<NodeFacts>]),
     quorum: QuorumStatus,
 ) -> Status {
     let volumes: Vec<_> = state
@@ -183,6 +189,8 @@ fn assemble(
         facts: &view.facts,
         volumes: &volumes,
         members,
+        nodes,
+        now_ms,
         leads: view.leader_since_ms.is_some(),
         counting: view.counting,
         bad_shards: view.bad_shards,

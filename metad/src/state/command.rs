@@ -77,6 +77,24 @@ pub enum Command {
     Group(Vec<Entry>),
 }
 
+impl Command {
+    /// Level of programs that can apply it. A new command gets the next one; until every member has reached it, it is not proposed.
+    pub fn feature_level(&self) -> u32 {
+        match self {
+            Self::Mutation(_)
+            | Self::Initialize(_)
+            | Self::SetVerdicts(_)
+            | Self::ConsumeToken { .. }
+            | Self::AdmitMetad(_)
+            | Self::RemoveMetad(_)
+            | Self::OrderDeletes(_)
+            | Self::ShardDeleted(_)
+            | Self::ReapVolume(_)
+            | Self::Group(_) => 1,
+        }
+    }
+}
+
 /// A new cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Genesis {

@@ -89,7 +89,7 @@ async fn call_everything(address: &str, admin: &Identity, agent: &Identity) -> O
 }
 
 #[tokio::test]
-async fn a_peer_that_falls_silent_anywhere_ends_no_call_never() {
+async fn a_peer_that_falls_silent_anywhere_keeps_no_call_waiting() {
     let cluster = Cluster::new();
     let node = Node::start(&cluster, 1).await;
     cluster.lead(Some(&node));

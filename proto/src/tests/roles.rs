@@ -148,11 +148,13 @@ table!(queries: Query;
 );
 
 /// The calls of every service, by name as in the schema.
-const RPCS: [(&str, Row); 7] = [
+const RPCS: [(&str, Row); 8] = [
     ("Join", ANYONE),
     ("Hello", CERTIFIED),
     // Their rows are those of the verbs.
     ("Mutate", MEMBERS),
+    // Each mutation in it is asked about by itself.
+    ("Mutations", CERTIFIED),
     ("Ask", MEMBERS),
     ("AgentSession", SESSION),
     ("Watch", MEMBERS),
@@ -225,6 +227,22 @@ async fn every_verb_is_for_its_roles_and_no_other() {
             let may = permitted(ended.await);
             assert_eq!(may, row.contains(&caller), "{caller:?}: {mutation:?}");
             assert_eq!(cluster.applied() > before, may, "{caller:?}: {mutation:?}");
+            // The same in a stream of mutations.
+            sequence += 1;
+            let request = pb::MutateRequest {
+                id: RequestId { sequence, ..id }.to_wire(),
+                mutation: mutation.to_wire(),
+            };
+            let before = cluster.applied();
+            let calls = futures::stream::iter([pb::MutateCall {
+                call: 1,
+                request: Some(request),
+            }]);
+            if let Ok(replies) = door.stub.mutations(calls).await {
+                let reply = replies.into_inner().message().await;
+                assert!(reply.is_ok_and(|reply| reply.is_some()));
+            }
+            assert_eq!(cluster.applied() > before, may, "{caller:?}: {mutation:?}");
         }
         for (query, row) in queries() {
             for stale in [false, true] {
@@ -266,6 +284,10 @@ async fn call(door: &mut Door, rpc: &str) -> bool {
                 mutation: report.to_wire(),
             };
             permitted(door.stub.mutate(request).await)
+        }
+        "Mutations" => {
+            let calls = futures::stream::iter([pb::MutateCall::default()]);
+            permitted(door.stub.mutations(calls).await)
         }
         "Ask" => {
             let request = pb::AskRequest {

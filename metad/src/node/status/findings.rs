@@ -1,5 +1,7 @@
 //! What is worth telling: named findings, each with a subject and one sentence.
 
+use super::metads;
+use crate::node::facts::NodeFacts;
 use crate::state::backends::BackendLoad;
 use qsfs_proto::api::{Backend, BackendFacts, Intent, Member, Verdict};
 use qsfs_proto::status::{Finding, ResilverStatus, StatusVerdict, VolumeStatus};
@@ -36,6 +38,10 @@ pub struct Picture<'a> {
     pub volumes: &'a [VolumePicture],
     /// metads.
     pub members: &'a [Member],
+    /// What each of them says of itself, in the same order.
+    pub nodes: &'a [Option<NodeFacts>],
+    /// Now, ms since the epoch.
+    pub now_ms: u64,
     /// Drawn on the leader, who hears the others.
     pub leads: bool,
     /// The leader has not looked at all records yet.
@@ -46,7 +52,12 @@ pub struct Picture<'a> {
     pub resilver: &'a ResilverStatus,
 }
 
-fn finding(name: &str, subject: impl ToString, severity: StatusVerdict, text: String) -> Finding {
+pub(super) fn finding(
+    name: &str,
+    subject: impl ToString,
+    severity: StatusVerdict,
+    text: String,
+) -> Finding {
     Finding {
         name: name.to_owned(),
         subject: subject.to_string(),
@@ -96,22 +107,7 @@ pub fn find(picture: &Picture<'_>) -> Vec<Finding> {
             text,
         ));
     }
-    let silent = picture
-        .members
-        .iter()
-        .filter(|m| picture.leads && !m.healthy);
-    for member in silent {
-        let text = format!(
-            "metad {} at {} does not answer",
-            member.name, member.location
-        );
-        found.push(finding(
-            "METAD_DOWN",
-            &member.name,
-            StatusVerdict::Warning,
-            text,
-        ));
-    }
+    metads::find(picture, &mut found);
     found
 }
 

@@ -431,3 +431,68 @@ fn a_group_does_what_its_proposals_would_have_done_one_by_one() {
     };
     assert!(matches!(outcomes[..], [Err(MetadError::Invalid(_))]));
 }
+
+/// A retry within the life of its session is answered as before; the session's life is counted by the log's clock alone.
+#[test]
+fn sessions_expire_by_log_time() {
+    use crate::state::sessions::{SESSION_TTL_MS, SWEEP_INTERVAL_MS};
+    let mut twin = Twin::new();
+    let acquire = |time_ms| Entry {
+        time_ms,
+        request: Some(request(1, 1)),
+        command: Command::Mutation(Mutation::AcquireLease {
+            volume: VOLUME,
+            client: client(1),
+            holder: "h:1".into(),
+            takeover: false,
+        }),
+    };
+    let sessions = |twin: &Twin| {
+        let table = [crate::state::row::Table::Session as u8];
+        let rows = twin.kv.rows().keys();
+        rows.filter(|key| key.starts_with(&table)).count()
+    };
+    let begun_ms = 2_000;
+    let first = twin.apply(&acquire(begun_ms));
+    // Nearly expired, and asked again: alive, with the first answer.
+    let late_ms = begun_ms + SESSION_TTL_MS;
+    assert_eq!(twin.apply(&acquire(late_ms)), first);
+    assert_eq!(sessions(&twin), 1);
+    // Only entries move that clock: nothing expires while the log stands still, everything once it has gone on.
+    twin.now_ms = late_ms + SESSION_TTL_MS + SWEEP_INTERVAL_MS + 1;
+    twin.internal(Command::SetVerdicts(vec![])).unwrap();
+    assert_eq!(sessions(&twin), 0);
+}
+
+#[test]
+fn tokens_that_nobody_made_or_that_were_revoked_join_nobody_and_no_secret_is_kept() {
+    let mut twin = Twin::new();
+    let refused = |outcome: Outcome, says: &str| match outcome {
+        Err(MetadError::Token(text)) => assert!(text.contains(says), "{text}"),
+        other => panic!("{other:?}"),
+    };
+    let consume = |hash| Command::ConsumeToken {
+        hash: [hash; 32],
+        role: Role::Agent,
+        csr: [1; 32],
+    };
+    refused(twin.internal(consume(9)), "unknown token");
+    let create = |hash, role| Mutation::CreateToken {
+        hash: [hash; 32],
+        role,
+        ttl_ms: 1_000,
+    };
+    twin.mutate(create(7, Role::Agent)).unwrap();
+    let revoke = Mutation::RevokeToken {
+        prefix: "07070707".into(),
+    };
+    twin.mutate(revoke).unwrap();
+    refused(twin.internal(consume(7)), "revoked");
+    twin.mutate(create(8, Role::Agent)).unwrap();
+    twin.now_ms += 1_000;
+    refused(twin.internal(consume(8)), "expired");
+    assert!(
+        twin.mutate(create(6, Role::Admin)).is_err(),
+        "none for admins"
+    );
+}
