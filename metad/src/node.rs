@@ -53,9 +53,6 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use watch::Watchers;
 
-#[cfg(test)]
-pub(crate) use renewal::is_damage;
-
 /// Between heartbeats of the leader, and the deadline of one message to a follower.
 const HEARTBEAT_MS: u64 = 150;
 /// A follower asks for votes after silence of the second (openraft's lease of a leader) and a time between the two, drawn at

@@ -3,12 +3,13 @@
 use super::world::World;
 use async_trait::async_trait;
 use qsfs_proto::api::{
-    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, JoinGrant,
-    JoinRequest, Member, Mutation, PlacementAnswer, TokenInfo, Volume,
+    Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Freshness,
+    JoinGrant, JoinRequest, Member, Mutation, PlacementAnswer, TokenInfo, Volume,
 };
 use qsfs_proto::identity::PeerIdentity;
-use qsfs_proto::server::{CallError, Consistency, MetadService, RequestId};
+use qsfs_proto::server::{CallError, Consistency, MetadService, RequestId, Watch};
 use qsfs_proto::status::Status;
+use qsfs_proto::watch::WatchRequest;
 use qsfs_zstor::id::{AgentId, BackendId, DatafileId, MetadId, Stream, VolumeId, VolumeName};
 use qsfs_zstor::record::EncodingRecord;
 use std::sync::Arc;
@@ -51,7 +52,7 @@ impl MetadService for UnreliableService {
         answer
     }
 
-    async fn barrier(&self, consistency: Consistency) -> Answer<u64> {
+    async fn barrier(&self, consistency: Consistency) -> Answer<Freshness> {
         let consistency = super::broken::consistency(&self.world, consistency);
         self.inner.barrier(consistency).await
     }
@@ -161,6 +162,10 @@ impl MetadService for UnreliableService {
 
     async fn transfer_leader(&self, caller: &PeerIdentity, to: MetadId) -> Answer<()> {
         self.inner.transfer_leader(caller, to).await
+    }
+
+    async fn watch(&self, caller: &PeerIdentity, request: WatchRequest) -> Answer<Watch> {
+        self.inner.watch(caller, request).await
     }
 
     async fn agent_session(

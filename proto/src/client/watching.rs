@@ -11,10 +11,9 @@
 
 use super::Shared;
 use super::attempt::{Failed, classify};
+use super::line::Open;
 use crate::api::MetadError;
-use crate::channel::Versioned;
 use crate::watch::{Change, WatchEvent, WatchRequest};
-use crate::wire::pb::metad_client::MetadClient as Stub;
 use crate::wire::{Wire, pb};
 use pb::watch_event::Kind;
 use rand::Rng;
@@ -138,7 +137,8 @@ impl Feeder {
         };
         for address in addresses {
             let deadline = Instant::now() + nodes.timing.read;
-            let call = |mut stub: Stub<Versioned>, _| {
+            let call = |open: Open, _| {
+                let mut stub = open.stub;
                 let message = message.clone();
                 async move { Ok(stub.watch(message).await?.into_inner()) }
             };

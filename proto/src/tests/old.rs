@@ -31,6 +31,7 @@ struct Old;
 impl pb::metad_server::Metad for Old {
     type AgentSessionStream = BoxStream<'static, Result<pb::AgentOrder, Status>>;
     type MutationsStream = BoxStream<'static, Result<pb::MutateReply, Status>>;
+    type WatchStream = BoxStream<'static, Result<pb::WatchEvent, Status>>;
 
     async fn hello(
         &self,
@@ -62,6 +63,13 @@ impl pb::metad_server::Metad for Old {
         _: Request<Streaming<pb::SessionFrame>>,
     ) -> Result<Response<Self::AgentSessionStream>, Status> {
         Err(Status::unimplemented("not asked here"))
+    }
+
+    async fn watch(
+        &self,
+        _: Request<pb::WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        Err(Status::unimplemented("of an older version"))
     }
 }
 
