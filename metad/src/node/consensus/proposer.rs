@@ -4,9 +4,9 @@
 //! propose -> queue -> group -> one log entry -> one fdatasync on every node -> one answer each
 //! ```
 //!
-//! openraft makes every proposal durable before it looks at the next one, so that one entry a proposal would cost one fdatasync
-//! each. Up to [`GROUPS_MAX`] groups are under way: while followers make one durable, the leader makes the next. What is
-//! answered is unchanged: a proposal is answered after its group is applied, hence durable on a majority.
+//! An entry of its own for every proposal would cost a write, a turn of openraft's loop and an apply each. Up to [`GROUPS_MAX`] groups are
+//! under way; whatever arrives while all are waits for the first that ends and goes as one. What is answered is unchanged: a
+//! proposal is answered after its group is applied, hence durable on a majority.
 
 use crate::raft::{Raft, TypeConfig};
 use crate::state::Outcome;
@@ -27,8 +27,8 @@ const GROUP_ENTRIES_MAX: usize = 512;
 /// Encoded bytes of a group, unless its only proposal is larger: far below a log frame's and a message's limit.
 const GROUP_BYTES_MAX: usize = 1 << 20;
 
-/// Groups under way at once.
-const GROUPS_MAX: usize = 2;
+/// Groups under way at once. Eight callers commit a third more with 8 than with 2; 64 and 256 do not care.
+const GROUPS_MAX: usize = 8;
 
 type Answer = Result<Reply, CallError>;
 
