@@ -276,7 +276,7 @@ mod tests {
                     let here = held.iter().find(|(k, _)| k == key).map(|(_, v)| v.as_slice());
                     prop_assert_eq!(find(block, key).unwrap(), here);
                     if here.is_none() {
-                        let lower = held.iter().map(|(k, _)| k).filter(|k| *k < key).next_back();
+                        let lower = held.iter().map(|(k, _)| k).rfind(|k| *k < key);
                         let higher = held.iter().map(|(k, _)| k).find(|k| *k > key);
                         prop_assert_eq!(around(block, key).unwrap(), (lower.cloned(), higher.cloned()));
                     }

@@ -295,7 +295,7 @@ fn state_and_snapshots_stay_bounded_while_records_come_and_go() {
         let snapshot = machine.build().unwrap();
         assert_eq!(
             snapshot::finished(&DiskMedia, dir.path()).unwrap(),
-            [snapshot.clone()]
+            std::slice::from_ref(&snapshot)
         );
         let blocks = machine.shared.current.read().kv.blocks();
         sizes.push((size(&dir.path().join("state")), size(&snapshot), blocks));
