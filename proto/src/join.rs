@@ -104,7 +104,7 @@ async fn ask_around(
                 | MetadError::Unreachable(_)
                 | MetadError::Unknown(_)),
             )) => last = error,
-            Err(CallError::Refused(error)) => return Err(error),
+            Err(CallError::Refused(error) | CallError::Decided(error)) => return Err(error),
         }
     }
     Err(last)

@@ -92,6 +92,9 @@ pub enum CallError {
     /// The caller gets this.
     #[error(transparent)]
     Refused(#[from] MetadError),
+    /// The same, and it is what the state answered to the proposal: whoever repeats the request id gets no other answer.
+    #[error(transparent)]
+    Decided(MetadError),
     /// The client library goes on with another node; never seen by its user.
     #[error("not the leader")]
     NotLeader {

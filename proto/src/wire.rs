@@ -328,9 +328,14 @@ pub(crate) fn failure_of(error: &CallError) -> pb::Failure {
         CallError::NotLeader { leader } => pb::failure::Kind::NotLeader(pb::NotLeader {
             leader: leader.clone(),
         }),
-        CallError::Refused(error) => pb::failure::Kind::Refused(shortened(error).to_wire()),
+        CallError::Refused(error) | CallError::Decided(error) => {
+            pb::failure::Kind::Refused(shortened(error).to_wire())
+        }
     };
-    pb::Failure { kind: Some(kind) }
+    pb::Failure {
+        kind: Some(kind),
+        decided: matches!(error, CallError::Decided(_)),
+    }
 }
 
 /// A failure as the gRPC status that carries it.
@@ -342,7 +347,7 @@ pub(crate) fn status_with(code: tonic::Code, failure: &pb::Failure) -> tonic::St
 pub(crate) fn status_of(error: &CallError) -> tonic::Status {
     let code = match error {
         CallError::NotLeader { .. } => tonic::Code::Unavailable,
-        CallError::Refused(error) => match error {
+        CallError::Refused(error) | CallError::Decided(error) => match error {
             MetadError::NoSuchVolume(_) | MetadError::NotFound(_) => tonic::Code::NotFound,
             MetadError::Held { .. } | MetadError::Fenced { .. } | MetadError::PolicyUnmet(_) => {
                 tonic::Code::FailedPrecondition
@@ -366,12 +371,17 @@ pub(crate) fn error_of(status: &tonic::Status) -> Option<CallError> {
     if status.details().is_empty() {
         return None;
     }
-    match pb::Failure::decode(status.details()).ok()?.kind? {
+    let failure = pb::Failure::decode(status.details()).ok()?;
+    match failure.kind? {
         pb::failure::Kind::NotLeader(hint) => Some(CallError::NotLeader {
             leader: hint.leader,
         }),
         pb::failure::Kind::Refused(error) => {
-            MetadError::from_wire(error).ok().map(CallError::Refused)
+            let error = MetadError::from_wire(error).ok()?;
+            Some(match failure.decided {
+                true => CallError::Decided(error),
+                false => CallError::Refused(error),
+            })
         }
     }
 }

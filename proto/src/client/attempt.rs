@@ -47,8 +47,8 @@ struct State {
 
 /// How one attempt ended without an answer.
 pub(super) enum Failed {
-    /// The call is over.
-    Final(MetadError),
+    /// Refused. `decided`: by the cluster, to this very request; else by a node on its own, which says nothing of earlier attempts.
+    Final { error: MetadError, decided: bool },
     /// Another node leads.
     Redirected(Option<String>),
     /// Try again. `sent`: the request may have been carried out.
@@ -74,6 +74,16 @@ struct Turn {
 }
 
 impl Trail {
+    /// The end after a refusal: what one node refuses now may have been carried out when it was asked before.
+    fn refused(self, kind: Kind, error: MetadError, decided: bool) -> MetadError {
+        match (kind, self.uncertain) {
+            (Kind::Mutation, Some(reason)) if !decided => {
+                MetadError::Unknown(format!("{reason}; asked again, it was refused: {error}"))
+            }
+            _ => error,
+        }
+    }
+
     fn verdict(self, kind: Kind) -> MetadError {
         match (kind, self.uncertain, self.no_leader, self.unreachable) {
             (Kind::Mutation, Some(reason), _, _) => MetadError::Unknown(reason),
@@ -139,7 +149,9 @@ impl Nodes {
                     self.lock().leader = Some(address);
                     return Ok(answer);
                 }
-                Err(Failed::Final(error)) => return Err(error),
+                Err(Failed::Final { error, decided }) => {
+                    return Err(trail.refused(kind, error, decided));
+                }
                 Err(Failed::Redirected(hint)) => {
                     let text = format!("{address} does not lead and knows ");
                     let known = hint.as_deref().unwrap_or("no leader").to_owned();
@@ -233,7 +245,7 @@ impl Nodes {
             match stub.hello(request).await {
                 Ok(hello) => Ok((stub, hello.into_inner())),
                 Err(status) => match classify(&status) {
-                    Failed::Final(error) => Err(Failed::Final(error)),
+                    refused @ Failed::Final { .. } => Err(refused),
                     Failed::Redirected(_) => Err(lost("it does not greet".into())),
                     Failed::Lost { reason, .. } => Err(lost(reason)),
                 },
@@ -301,33 +313,96 @@ impl Nodes {
 }
 
 pub(super) fn classify(status: &Status) -> Failed {
-    match error_of(status) {
-        Some(CallError::NotLeader { leader }) => Failed::Redirected(leader),
+    let (error, decided) = match error_of(status) {
+        Some(CallError::NotLeader { leader }) => return Failed::Redirected(leader),
+        Some(CallError::Refused(error)) => (error, false),
+        Some(CallError::Decided(error)) => (error, true),
+        None => return classify_transport(status),
+    };
+    match error {
         // "Certainly not applied": but perhaps by an attempt before.
-        Some(CallError::Refused(MetadError::NoQuorum(_))) => Failed::Redirected(None),
-        Some(CallError::Refused(MetadError::Unknown(reason) | MetadError::Unreachable(reason))) => {
+        MetadError::NoQuorum(_) => Failed::Redirected(None),
+        MetadError::Unknown(reason) | MetadError::Unreachable(reason) => {
             Failed::Lost { reason, sent: true }
         }
         // Another node may have room.
-        Some(CallError::Refused(MetadError::Busy(reason))) => Failed::Lost {
+        MetadError::Busy(reason) => Failed::Lost {
             reason,
             sent: false,
         },
-        Some(CallError::Refused(error)) => Failed::Final(error),
-        None => classify_transport(status),
+        error => Failed::Final { error, decided },
     }
 }
 
 fn classify_transport(status: &Status) -> Failed {
     let reason = describe(status);
-    match status.code() {
+    let error = match status.code() {
         Code::OutOfRange | Code::ResourceExhausted | Code::InvalidArgument => {
-            Failed::Final(MetadError::Invalid(reason))
+            MetadError::Invalid(reason)
         }
-        Code::PermissionDenied | Code::Unauthenticated => Failed::Final(MetadError::Denied(reason)),
-        Code::Unimplemented => Failed::Final(MetadError::Unreachable(format!(
+        Code::PermissionDenied | Code::Unauthenticated => MetadError::Denied(reason),
+        Code::Unimplemented => MetadError::Unreachable(format!(
             "metad does not know this request, it is of another version: {reason}"
-        ))),
-        _ => Failed::Lost { reason, sent: true },
+        )),
+        _ => return Failed::Lost { reason, sent: true },
+    };
+    Failed::Final {
+        error,
+        decided: false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::status_of;
+    use qsfs_zstor::id::Epoch;
+
+    /// How a call ends that is refused so after an attempt whose answer was lost.
+    fn end_after_loss(kind: Kind, status: &Status) -> MetadError {
+        let trail = Trail {
+            uncertain: Some("no answer".into()),
+            ..Trail::default()
+        };
+        match classify(status) {
+            Failed::Final { error, decided } => trail.refused(kind, error, decided),
+            _ => panic!("{status:?} is no refusal"),
+        }
+    }
+
+    #[test]
+    fn what_one_node_refuses_says_nothing_of_the_attempt_before() {
+        let denied = CallError::Refused(MetadError::Denied("another role".into()));
+        for status in [
+            Status::resource_exhausted("too large"),
+            Status::out_of_range("too large"),
+            Status::invalid_argument("what?"),
+            Status::permission_denied("no"),
+            Status::unauthenticated("who?"),
+            Status::unimplemented("older"),
+            status_of(&denied),
+        ] {
+            let ended = end_after_loss(Kind::Mutation, &status);
+            assert!(matches!(ended, MetadError::Unknown(_)), "{ended:?}");
+            let ended = end_after_loss(Kind::Read, &status);
+            assert!(!matches!(ended, MetadError::Unknown(_)), "{ended:?}");
+        }
+    }
+
+    #[test]
+    fn what_the_cluster_decided_settles_it() {
+        let fenced = MetadError::Fenced { current: Epoch(9) };
+        let status = status_of(&CallError::Decided(fenced.clone()));
+        assert_eq!(end_after_loss(Kind::Mutation, &status), fenced);
+    }
+
+    #[test]
+    fn without_a_lost_attempt_a_refusal_is_what_it_says() {
+        let status = Status::permission_denied("no");
+        let Failed::Final { error, decided } = classify(&status) else {
+            panic!("it is a refusal");
+        };
+        let ended = Trail::default().refused(Kind::Mutation, error, decided);
+        assert!(matches!(ended, MetadError::Denied(_)), "{ended:?}");
     }
 }

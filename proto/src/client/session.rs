@@ -58,7 +58,7 @@ async fn forward_orders(
             },
             Err(status) => match error_of(&status) {
                 Some(CallError::NotLeader { .. }) => return,
-                Some(CallError::Refused(error)) => (Err(error), true),
+                Some(CallError::Refused(error) | CallError::Decided(error)) => (Err(error), true),
                 None => {
                     let text = format!("the session broke: {}", status.message());
                     (Err(MetadError::Unreachable(text)), true)

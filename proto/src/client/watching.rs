@@ -144,13 +144,14 @@ impl Feeder {
             };
             match nodes.attempt(&address, deadline, &call).await {
                 Ok(stream) => return Ok((address, stream)),
-                Err(Failed::Final(
-                    error @ (MetadError::TooOld { .. } | MetadError::Unreachable(_)),
-                )) => {
+                Err(Failed::Final {
+                    error: error @ (MetadError::TooOld { .. } | MetadError::Unreachable(_)),
+                    ..
+                }) => {
                     // Another node may remember more, or know what a watch is.
                     ended.refuse(error);
                 }
-                Err(Failed::Final(error)) => {
+                Err(Failed::Final { error, .. }) => {
                     return Err(NoStream {
                         refusal: Some(error),
                         all: true,
@@ -177,7 +178,7 @@ impl Feeder {
                 Ok(Err(status)) => {
                     // Whatever it says is said again, to the next request, if it stays so.
                     let reason = match classify(&status) {
-                        Failed::Final(error) => error.to_string(),
+                        Failed::Final { error, .. } => error.to_string(),
                         Failed::Lost { reason, .. } => reason,
                         Failed::Redirected(_) => "the node has no leader".into(),
                     };

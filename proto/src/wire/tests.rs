@@ -535,6 +535,8 @@ proptest! {
         let rng = &mut StdRng::seed_from_u64(seed);
         let refused = CallError::Refused(Arb::arb(rng));
         assert_eq!(error_of(&status_of(&refused)), Some(refused));
+        let decided = CallError::Decided(Arb::arb(rng));
+        assert_eq!(error_of(&status_of(&decided)), Some(decided));
         let other = CallError::NotLeader { leader: Arb::arb(rng) };
         assert_eq!(error_of(&status_of(&other)), Some(other));
     }

@@ -139,7 +139,7 @@ async fn written(submitted: Submitted) -> Result<Option<Outcome>, CallError> {
 /// The answer to an entry of one proposal.
 fn one(result: Result<Option<Outcome>, CallError>) -> Answer {
     match result? {
-        Some(outcome) => Ok(outcome?),
+        Some(outcome) => outcome.map_err(CallError::Decided),
         None => Err(MetadError::Unknown("the entry carried no command".into()).into()),
     }
 }
@@ -167,7 +167,7 @@ fn deliver(result: Result<Option<Outcome>, CallError>, answers: Vec<oneshot::Sen
     match result {
         Ok(Some(Ok(Reply::Group(outcomes)))) if outcomes.len() == answers.len() => {
             for (outcome, answer) in outcomes.into_iter().zip(answers) {
-                drop(answer.send(outcome.map_err(CallError::from)));
+                drop(answer.send(outcome.map_err(CallError::Decided)));
             }
         }
         other => {
