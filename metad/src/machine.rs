@@ -74,6 +74,20 @@ pub enum MachineError {
 }
 
 impl MachineError {
+    /// The disk was full: that says nothing of what is on it.
+    fn is_for_want_of_room(&self) -> bool {
+        let source = match self {
+            Self::Io { source, .. }
+            | Self::Durable(DurableError::Io { source, .. })
+            | Self::Kv(KvError::Store(sled::Error::Io(source))) => source,
+            _ => return false,
+        };
+        matches!(
+            source.kind(),
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+        )
+    }
+
     pub(crate) fn io(step: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { step, path, source }
@@ -141,6 +155,7 @@ impl Machine {
             Ok(current) => current,
             // Not damage: nothing is set aside for it.
             Err(error @ MachineError::Kv(KvError::NewerFormat { .. })) => return Err(error),
+            Err(error) if error.is_for_want_of_room() => return Err(error),
             Err(error) => {
                 tracing::error!(%error, "the state does not open; rebuilding it from the newest snapshot");
                 rebuild(ground, dir, generation)?

@@ -18,6 +18,7 @@ pub mod leader;
 pub mod members;
 pub mod network;
 mod renewal;
+mod room;
 
 pub use renewal::is_damage;
 pub mod service;
@@ -172,6 +173,17 @@ pub enum NodeError {
     /// Raft stopped.
     #[error("raft stopped: {0}")]
     Raft(String),
+    /// No room for what must be durable.
+    #[error(
+        "the disk of {path} is full ({reason}): make room on it and start this metad again with `qsfs metad serve`; it then catches up by \
+         itself, and nothing that it acknowledged is lost", path = path.display()
+    )]
+    Full {
+        /// Data directory.
+        path: PathBuf,
+        /// What could not be written, or how little is free.
+        reason: String,
+    },
 }
 
 /// Log, state and Raft of one data directory.
@@ -340,6 +352,17 @@ fn open(
 
 /// Runs the node of a data directory until `shutdown`.
 pub(crate) async fn run(
+    dir: DataDir,
+    listener: Option<TcpListener>,
+    shutdown: CancellationToken,
+) -> Result<(), NodeError> {
+    let path = dir.path().to_owned();
+    room::check(&path)?;
+    let ended = run_on(dir, listener, shutdown).await;
+    ended.map_err(|error| room::name(error, &path))
+}
+
+async fn run_on(
     dir: DataDir,
     listener: Option<TcpListener>,
     shutdown: CancellationToken,

@@ -284,6 +284,17 @@ impl Arena {
         log[from..].to_owned()
     }
 
+    /// Bytes that a node has logged.
+    pub fn log_bytes(&self, number: usize) -> usize {
+        fs::read(self.log_file(number)).map_or(0, |log| log.len())
+    }
+
+    /// What a node logged after so many bytes.
+    pub fn log_from(&self, number: usize, bytes: usize) -> String {
+        let log = fs::read(self.log_file(number)).unwrap_or_default();
+        String::from_utf8_lossy(log.get(bytes..).unwrap_or_default()).into_owned()
+    }
+
     /// Copies what all nodes logged.
     pub fn save_logs(&self, to: &Path) -> anyhow::Result<()> {
         for number in 0..NODES_MAX {
@@ -369,9 +380,12 @@ impl Arena {
         Ok(dead)
     }
 
-    /// Fills the disk of a node to the last byte.
+    /// Fills the disk of a node to the last byte; also once more, with what was given back meanwhile.
     pub fn fill(&self, number: usize) -> anyhow::Result<()> {
-        let mut ballast = File::create(self.disk_of(number).join("ballast"))?;
+        let mut ballast = File::options()
+            .create(true)
+            .append(true)
+            .open(self.disk_of(number).join("ballast"))?;
         for size in [1 << 20, 4096, 1] {
             let block = vec![0u8; size];
             while ballast.write_all(&block).is_ok() {}

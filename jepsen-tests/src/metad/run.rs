@@ -1,5 +1,7 @@
 //! A run: a cluster, clients, faults by the plan, and in the end all checkers.
 
+mod full_disk;
+
 use super::arena::{Arena, Disk, NODES_MAX, enter_client};
 use super::checkers::{Terms, check_all};
 use super::final_state::{BackendSite, FinalState, FinalVolume, NodeHash, volume_seen};
@@ -65,6 +67,8 @@ struct Run {
     rng: StdRng,
     /// Ids that nodes had; none comes back for another node.
     ids: Vec<u64>,
+    /// Times that a node ended because its disk was full, and said so.
+    full: u64,
 }
 
 /// Runs it. Only where everything is private: see [`super::arena`].
@@ -91,6 +95,12 @@ pub fn run(options: Options) -> anyhow::Result<Report> {
     let saved = run.arena.save_logs(&run.options.out);
     suffered?;
     saved?;
+    let planned = steps.iter().flat_map(|step| &step.faults);
+    let planned = planned.filter(|fault| matches!(fault, Fault::FullDisk(_)));
+    if planned.count() > 0 && run.full == 0 {
+        let text = "the plan has full disks, and no node met the end of its disk";
+        run.trouble.push(text.to_owned());
+    }
     run.end(&workload)
 }
 
@@ -185,6 +195,7 @@ impl Run {
             faults: Vec::new(),
             trouble: Vec::new(),
             ids: Vec::new(),
+            full: 0,
         })
     }
 
@@ -297,6 +308,10 @@ impl Run {
         for (fault, of) in &hit {
             self.inflict(*fault, *of)?;
         }
+        if let [(Fault::FullDisk(_), _)] = hit[..] {
+            // The others go on without it.
+            self.until_written()?;
+        }
         std::thread::sleep(step.lasts);
         let ended_ns = self.now_ns();
         for (fault, of) in hit.iter().rev() {
@@ -399,7 +414,7 @@ impl Run {
                 self.arena.pause(of);
                 Ok(())
             }
-            Fault::FullDisk(_) => self.arena.fill(of),
+            Fault::FullDisk(_) => self.fill(of),
             Fault::FiveVoters => self.grow(),
             Fault::Replace => self.replace(of),
             _ => Ok(()),
@@ -422,21 +437,7 @@ impl Run {
             }
             Fault::FullDisk(_) => {
                 self.arena.free(of)?;
-                // It ended, with a clear word, as soon as it had to write; or it had nothing to write.
-                let dead = self.arena.dead()?.iter().any(|(number, _)| *number == of);
-                if dead {
-                    self.arena.kill(of)?;
-                    let said = self.arena.log_end(of).to_lowercase();
-                    let named = said.contains("no space left");
-                    if !named {
-                        let name = self.arena.name(of);
-                        self.trouble.push(format!(
-                            "{name} ended on a full disk without naming it:\n{said}"
-                        ));
-                    }
-                    self.arena.serve(of)?;
-                }
-                Ok(())
+                self.arena.serve(of)
             }
             Fault::FiveVoters => self.shrink(),
             _ => Ok(()),

@@ -166,6 +166,51 @@ fn a_state_that_does_not_open_is_set_aside_and_rebuilt_from_the_snapshot() {
     assert!(dir.path().join("state/damaged-00000000").exists());
 }
 
+/// sled on a disk that has no room for what opening writes.
+#[derive(Debug)]
+struct FullStores;
+
+impl Stores for FullStores {
+    fn open(&self, _: &std::path::Path) -> Result<Arc<dyn Store>, KvError> {
+        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        Err(sled::Error::Io(full).into())
+    }
+
+    fn exists(&self, dir: &std::path::Path) -> bool {
+        SledStores.exists(dir)
+    }
+
+    fn remove(&self, dir: &std::path::Path) -> std::io::Result<()> {
+        SledStores.remove(dir)
+    }
+
+    fn rename(&self, from: &std::path::Path, to: &std::path::Path) -> std::io::Result<()> {
+        SledStores.rename(from, to)
+    }
+
+    fn list(&self, parent: &std::path::Path) -> std::io::Result<Vec<String>> {
+        SledStores.list(parent)
+    }
+}
+
+#[test]
+fn a_state_that_does_not_open_on_a_full_disk_stays_where_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let machine = Machine::open(dir.path()).unwrap();
+    fill(&machine, 1..100);
+    let before = rows(&machine);
+    machine.flush().unwrap();
+    drop(machine);
+    let full = Ground {
+        stores: Arc::new(FullStores),
+        ..Ground::real()
+    };
+    Machine::open_on(&full, dir.path()).unwrap_err();
+    assert!(!dir.path().join("state/damaged-00000000").exists());
+    let machine = Machine::open(dir.path()).unwrap();
+    assert_eq!(rows(&machine), before);
+}
+
 #[tokio::test]
 async fn a_damaged_snapshot_is_not_sent_but_made_anew_from_the_state() {
     let dir = tempfile::tempdir().unwrap();
