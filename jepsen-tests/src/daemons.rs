@@ -3,17 +3,21 @@
 use crate::binary::Binary;
 use crate::process;
 use nix::sys::signal::Signal;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
-use std::sync::mpsc;
+use std::sync::{Mutex, PoisonError, mpsc};
 use std::time::Duration;
 use tempfile::TempDir;
 
 /// For a daemon to say its first words.
 const WORDS_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Addresses asked for before one is new.
+const ADDRESSES_MAX: usize = 1_000;
 
 /// A directory with daemons in it.
 pub struct Daemons {
@@ -177,6 +181,15 @@ impl Drop for Daemons {
 /// # Panics
 /// When there is none.
 pub fn free_address() -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
-    listener.local_addr().expect("it is bound").to_string()
+    // A daemon binds its address some time after it was given it, and until then the system would give it again.
+    static GIVEN: Mutex<BTreeSet<SocketAddr>> = Mutex::new(BTreeSet::new());
+    for _ in 0..ADDRESSES_MAX {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
+        let address = listener.local_addr().expect("it is bound");
+        let mut given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if given.insert(address) {
+            return address.to_string();
+        }
+    }
+    panic!("no port is free that was not given before");
 }

@@ -60,7 +60,7 @@ pub(crate) const FINDINGS: &[(&str, &str, &str)] = &[
         "Nothing for a few. If one backend has many, its disk is failing: `qsfs backend drain ID --apply`.",
     ),
     (
-        "COUNTING",
+        "STILL_COUNTING",
         "The leading metad has not looked at all encoding records since it leads, or since backends that hold much of them changed.",
         "Nothing: with millions of records it takes some ten seconds. Until then what is missing may be more than is said.",
     ),

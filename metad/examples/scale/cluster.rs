@@ -109,7 +109,7 @@ async fn counted(client: &MetadClient) -> bool {
     let Ok(status) = client.status().await else {
         return false;
     };
-    let counting = status.findings.iter().any(|f| f.name == "COUNTING");
+    let counting = status.findings.iter().any(|f| f.name == "STILL_COUNTING");
     !counting && status.quorum.voters > 0 && !status.quorum.leader.is_empty()
 }
 

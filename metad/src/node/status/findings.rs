@@ -78,7 +78,7 @@ pub fn find(picture: &Picture<'_>) -> Vec<Finding> {
         let text = "the leading metad has not looked at all records yet since it leads or since backends changed: what is missing may be \
                     more than is said here";
         found.push(finding(
-            "COUNTING",
+            "STILL_COUNTING",
             "records",
             StatusVerdict::Warning,
             text.to_owned(),
