@@ -1,4 +1,4 @@
-//! Disks of simulated nodes: [`SimMedia`] below log, vote and snapshots; a twin of the row store; and how long work takes.
+//! Disks of simulated nodes: `SimMedia` below log, vote and snapshots; a twin of the row store; and how long work takes.
 
 use parking_lot::Mutex;
 use qsfs_metad::ground::{Job, Store, Stores, Work, WorkLost};

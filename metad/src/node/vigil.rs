@@ -2,7 +2,7 @@
 //!
 //! openraft waits out a lease and an election timeout, and looks at them only every 225 ms: a second or two in all when votes split. But
 //! a process that is gone is told from one that is slow or cut off: its machine refuses connections to it. So a voter to whom the leader
-//! has not spoken for [`SILENCE`] knocks at the leader's address. Only if that is *refused* it asks for votes as soon as the others'
+//! has not spoken for `SILENCE` knocks at the leader's address. Only if that is *refused* it asks for votes as soon as the others'
 //! lease of the dead leader is over; voters do so in the order of their ids, far enough apart that the first one wins.
 //!
 //! A busy leader's machine accepts connections for it, and a machine that is gone refuses nothing: both are left to openraft's timeouts. A
