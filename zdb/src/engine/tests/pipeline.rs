@@ -154,7 +154,8 @@ fn flush_and_reload_wait_for_what_is_not_synced_yet() {
     let media = SimMedia::new();
     let (_engine, namespace) = opened(&media);
     for flush in [false, true] {
-        let staged = stage(&namespace, set_of(b"k", &value(300, 1)));
+        // Another value each time: the same one again would be nothing to wait for.
+        let staged = stage(&namespace, set_of(b"k", &value(300, u8::from(flush))));
         std::thread::scope(|scope| {
             let changing = scope.spawn(|| {
                 if flush {
