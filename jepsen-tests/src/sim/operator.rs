@@ -82,6 +82,9 @@ impl Operator {
     }
 
     async fn tend(&mut self) {
+        if self.world.changing.load(Ordering::Relaxed) && self.whole() {
+            self.world.changing.store(false, Ordering::Relaxed);
+        }
         while let Ok(order) = self.orders.try_recv() {
             // Nobody sane takes a node out, or adds one that has to catch up, while another one is ill.
             let well = self.whole() && !self.world.nodes.lock().iter().any(|slot| slot.harmed);
@@ -99,7 +102,6 @@ impl Operator {
                 }
                 Order::Replace(at) => self.replace(at).await,
             }
-            self.world.changing.store(false, Ordering::Relaxed);
         }
         let damaged = {
             let nodes = self.world.nodes.lock();
@@ -109,6 +111,7 @@ impl Operator {
         };
         if let Some(at) = damaged {
             self.judge_damage(at);
+            self.world.changing.store(true, Ordering::Relaxed);
             self.replace(at).await;
         }
     }

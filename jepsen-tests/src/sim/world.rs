@@ -139,7 +139,7 @@ pub struct World {
     pub requests: Mutex<Vec<HostRequest>>,
     /// The cluster is complete and the workload may begin.
     pub ready: AtomicBool,
-    /// A node is being replaced or added.
+    /// A node is being replaced or added: until the cluster is whole again no other disk rots.
     pub changing: AtomicBool,
     /// Clients that have not ended yet.
     pub busy: AtomicUsize,
