@@ -9,7 +9,7 @@ use crate::node::NodeError;
 use crate::node::datadir::DataDir;
 use crate::raft::{LogId, Vote};
 use crate::state::State;
-use crate::state::kv::{Kv, KvError, after};
+use crate::state::kv::{Kv, KvError, RowKey, after};
 use crate::state::row::PAGE_ROWS;
 use qsfs_zdb::media::{DiskMedia, Media};
 use std::fmt::Display;
@@ -123,11 +123,11 @@ fn state(data: &Path) -> Result<Vec<Line>, MachineError> {
 /// Of all rows but Raft's own: nodes that applied the same entries have the same.
 fn hash(kv: &Rows) -> Result<blake3::Hash, KvError> {
     let mut hasher = blake3::Hasher::new();
-    let mut from = Vec::new();
+    let mut from = RowKey::new();
     loop {
         let page = kv.range(&from, RAFT_ROW, PAGE_ROWS)?;
         for (key, value) in &page {
-            for part in [key, value] {
+            for part in [key.as_slice(), value] {
                 hasher.update(&(part.len() as u64).to_le_bytes());
                 hasher.update(part);
             }

@@ -28,7 +28,8 @@ use crate::durable::{self, DurableError};
 use crate::ground::Ground;
 use crate::raft::{LogEntry, LogId, Response, StoredMembership};
 use crate::state::command::MemberRow;
-use crate::state::kv::{Batch, Kv, KvError};
+use crate::state::known::Known;
+use crate::state::kv::{Batch, Kv, KvError, RowKey};
 use crate::state::{State, Touched};
 use history::{History, Noted, Page};
 use openraft::{EntryPayload, RaftLogId};
@@ -121,6 +122,8 @@ struct Shared {
     current: RwLock<Current>,
     /// What apply touched, while somebody follows.
     touched: Mutex<Option<Touched>>,
+    /// What the newest apply knew of the rows as it left them.
+    known: Mutex<Known>,
     /// Rows are being moved aside.
     moving: AtomicBool,
     /// The snapshot that was read whole and is as it was written.
@@ -169,6 +172,7 @@ impl Machine {
                 dir: dir.to_owned(),
                 current: RwLock::new(current),
                 touched: Mutex::new(None),
+                known: Mutex::default(),
                 moving: AtomicBool::new(false),
                 verified: Mutex::new(None),
                 move_failed: Mutex::new(None),
@@ -192,7 +196,7 @@ impl Machine {
         changes.begin_again(member)?;
         let (mut batch, _) = changes.into_changes();
         // The log begins anew: nothing of it is applied, and nobody votes yet.
-        batch.insert(RAFT_ROW.to_vec(), None);
+        batch.insert(RowKey::from_slice(RAFT_ROW), None);
         kv.commit(batch);
         kv.flush()?;
         drop(kv);
@@ -275,7 +279,8 @@ impl Machine {
         let mut history = Vec::new();
         let (batch, touched, raft, responses) = {
             let current = self.shared.current.read();
-            let mut state = State::noting(&current.kv);
+            let known = std::mem::take(&mut *self.shared.known.lock());
+            let mut state = State::noting(&current.kv, known);
             let mut raft = current.raft.clone();
             let mut responses = Vec::with_capacity(entries.len());
             for entry in entries {
@@ -297,6 +302,7 @@ impl Machine {
                     history.push(Noted { index, rows });
                 }
             }
+            *self.shared.known.lock() = state.take_known();
             let (batch, touched) = state.into_changes();
             (batch, touched, raft, responses)
         };
@@ -316,7 +322,10 @@ impl Machine {
         raft: RaftRow,
         history: Vec<Noted>,
     ) -> Fill {
-        batch.insert(RAFT_ROW.to_vec(), Some(crate::state::row::encode(&raft)));
+        batch.insert(
+            RowKey::from_slice(RAFT_ROW),
+            Some(crate::state::row::encode(&raft)),
+        );
         let mut current = self.shared.current.write();
         let fill = current.kv.commit(batch);
         let applied = raft.applied.map_or(0, |id| id.index);
@@ -346,6 +355,7 @@ impl Machine {
         let applied = raft.applied.map_or(0, |id| id.index);
         let old = {
             let mut current = self.shared.current.write();
+            *self.shared.known.lock() = Known::default();
             std::mem::replace(&mut *current, Current { kv, raft })
         };
         drop(old);

@@ -82,14 +82,22 @@ pub fn holds(policy: &Policy, survival: Option<Survival>) -> bool {
     survival.is_some_and(|survival| placement::holds(policy, &survival))
 }
 
+/// How many shards a record has on each of its backends, by id.
+pub fn per_backend(record: &EncodingRecord) -> Vec<(BackendId, u64)> {
+    let mut counts: Vec<_> = record.shards.iter().map(|s| (s.backend, 1)).collect();
+    counts.sort_unstable();
+    counts.dedup_by(|next, first| {
+        let same = next.0 == first.0;
+        first.1 += u64::from(same);
+        same
+    });
+    counts
+}
+
 /// Losing any one backend leaves at least `k` shards: without it nothing is committed or swapped.
 pub fn survives_one_backend(record: &EncodingRecord) -> bool {
-    let mut per_backend: BTreeMap<BackendId, usize> = BTreeMap::new();
-    for shard in &record.shards {
-        *per_backend.entry(shard.backend).or_default() += 1;
-    }
-    let most = per_backend.values().max().copied().unwrap_or(0);
-    most <= record.geometry.parity()
+    let most = per_backend(record).iter().map(|(_, shards)| *shards).max();
+    most.unwrap_or(0) <= record.geometry.parity() as u64
 }
 
 /// May a volume with this policy be created on the backends that joined? The error says what is missing.

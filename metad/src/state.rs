@@ -6,13 +6,14 @@
 //!
 //! Pure: no clock (time arrives in the entry), no randomness, no I/O besides the key-value reads behind [`kv::Kv`]. Iteration
 //! is in key order everywhere, so two nodes that apply the same entries hold the same bytes. What an entry writes is
-//! collected and merged only when it succeeded; the shell commits the batch together with the applied log id.
+//! taken back unless it succeeded; the shell commits the batch together with the applied log id.
 //!
 //! One file per noun: [`volumes`], [`records`], [`backends`] (with agents), [`tokens`], [`members`], [`tombstones`],
 //! [`sessions`] (exactly-once), [`settings`] (with the cluster's identity, counters and log time).
 
 pub mod backends;
 pub mod command;
+pub mod known;
 pub mod kv;
 pub mod members;
 pub mod record_set;
@@ -28,7 +29,8 @@ pub mod volumes;
 pub(crate) mod tests;
 
 use command::{Command, Entry, Reply};
-use kv::{Batch, Kv, KvError};
+use known::Known;
+use kv::{Batch, Changed, Kv, KvError, RowKey};
 use qsfs_proto::api::{Applied, MetadError, Mutation};
 use qsfs_zstor::id::BackendId;
 use record_set::RecordSet;
@@ -49,7 +51,7 @@ pub enum Stop {
     Store(#[from] KvError),
 }
 
-/// What apply changed, for the planner's index: names only, the rows are read again.
+/// What apply may have changed, for the planner's index: names only, the rows are read again.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Touched {
     /// Records written or removed.
@@ -85,10 +87,12 @@ impl Touched {
 pub struct State<K> {
     kv: K,
     batch: Batch,
-    entry: Batch,
+    /// What the entry that is being applied changed in the batch, in order: each row as it was there before.
+    undo: Vec<(RowKey, Option<Option<Vec<u8>>>)>,
     touched: Touched,
-    entry_touched: Touched,
-    noted: Option<Batch>,
+    /// Keys of watched rows that changed since that was asked last.
+    noted: Option<Vec<RowKey>>,
+    known: Known,
 }
 
 impl<K: Kv> State<K> {
@@ -97,24 +101,37 @@ impl<K: Kv> State<K> {
         Self {
             kv,
             batch: Batch::new(),
-            entry: Batch::new(),
+            undo: Vec::new(),
             touched: Touched::default(),
-            entry_touched: Touched::default(),
             noted: None,
+            known: Known::default(),
         }
     }
 
-    /// A view that notes besides how each entry leaves what may be watched.
-    pub fn noting(kv: K) -> Self {
+    /// A view that notes besides how each entry leaves what may be watched, and begins with what a view before it knew.
+    pub fn noting(kv: K, known: Known) -> Self {
         Self {
-            noted: Some(Batch::new()),
+            noted: Some(Vec::new()),
+            known,
             ..Self::new(kv)
         }
     }
 
-    /// The watched rows that changed since this was asked last.
-    pub fn take_noted(&mut self) -> Batch {
-        self.noted.as_mut().map(std::mem::take).unwrap_or_default()
+    /// The watched rows that changed since this was asked last, each once, in key order.
+    pub fn take_noted(&mut self) -> Vec<Changed> {
+        let mut keys = self.noted.as_mut().map(std::mem::take).unwrap_or_default();
+        keys.sort_unstable();
+        keys.dedup();
+        let changed = keys.into_iter().filter_map(|key| {
+            let value = self.batch.get(&key)?.clone();
+            Some((key, value))
+        });
+        changed.collect()
+    }
+
+    /// What is known, for the next view of the same store once this one's changes are committed.
+    pub fn take_known(&mut self) -> Known {
+        std::mem::take(&mut self.known)
     }
 
     /// The changes since the view was made, to be committed atomically, and what they touched.
@@ -122,12 +139,21 @@ impl<K: Kv> State<K> {
         (self.batch, self.touched)
     }
 
-    /// One value.
-    pub(crate) fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError> {
-        match self.entry.get(key).or_else(|| self.batch.get(key)) {
-            Some(value) => Ok(value.clone()),
-            None => self.kv.get(key),
+    /// Shows the value of a key, if there is one; says whether there is.
+    pub(crate) fn look(&self, key: &[u8], see: &mut dyn FnMut(&[u8])) -> Result<bool, KvError> {
+        match self.batch.get(key) {
+            Some(Some(value)) => {
+                see(value);
+                Ok(true)
+            }
+            Some(None) => Ok(false),
+            None => self.kv.look(key, see),
         }
+    }
+
+    /// Is there a row?
+    pub(crate) fn has(&self, key: &[u8]) -> Result<bool, KvError> {
+        self.look(key, &mut |_| ())
     }
 
     /// Everything in `[from, until)` in key order, at most `max` pairs; fewer only at the end of the range.
@@ -137,14 +163,12 @@ impl<K: Kv> State<K> {
         until: &[u8],
         max: usize,
     ) -> Result<Vec<kv::Pair>, KvError> {
-        let layers = [&self.batch, &self.entry];
         let over = (Bound::Included(from), Bound::Excluded(until));
-        let touched = |layer: &&Batch| layer.range::<[u8], _>(over).next().is_some();
-        if from >= until || !layers.iter().any(touched) {
+        if from >= until || self.batch.range::<[u8], _>(over).next().is_none() {
             return self.kv.range(from, until, max);
         }
         let page_rows = max.min(row::PAGE_ROWS);
-        let (mut page, mut next) = (Vec::new().into_iter(), Some(from.to_vec()));
+        let (mut page, mut next) = (Vec::new().into_iter(), Some(RowKey::from_slice(from)));
         let stored = || {
             if let Some(pair) = page.next() {
                 return Ok(Some(pair));
@@ -159,19 +183,25 @@ impl<K: Kv> State<K> {
             page = read.into_iter();
             Ok(page.next())
         };
-        kv::overlaid(&layers, stored, (from, until), max)
+        kv::overlaid(&[&self.batch], stored, (from, until), max)
     }
 
-    pub(crate) fn put(&mut self, key: Vec<u8>, value: Vec<u8>) {
-        self.entry.insert(key, Some(value));
+    pub(crate) fn put(&mut self, key: RowKey, value: Vec<u8>) {
+        self.change(key, Some(value));
     }
 
-    pub(crate) fn delete(&mut self, key: Vec<u8>) {
-        self.entry.insert(key, None);
+    pub(crate) fn delete(&mut self, key: RowKey) {
+        self.change(key, None);
+    }
+
+    fn change(&mut self, key: RowKey, value: Option<Vec<u8>>) {
+        self.known.forget(&key);
+        let before = self.batch.insert(key.clone(), value);
+        self.undo.push((key, before));
     }
 
     pub(crate) fn touch(&mut self) -> &mut Touched {
-        &mut self.entry_touched
+        &mut self.touched
     }
 
     /// Changes that no command asked for.
@@ -186,18 +216,22 @@ impl<K: Kv> State<K> {
     }
 
     fn keep_entry(&mut self) {
-        if let Some(noted) = &mut self.noted {
-            let watched = self.entry.iter().filter(|(key, _)| row::is_watched(key));
-            noted.extend(watched.map(|(key, value)| (key.clone(), value.clone())));
-        }
-        // Not `append`: that rebuilds the whole batch for the few rows of an entry.
-        self.batch.extend(std::mem::take(&mut self.entry));
-        self.touched.merge(std::mem::take(&mut self.entry_touched));
+        let changed = self.undo.drain(..).map(|(key, _)| key);
+        let Some(noted) = &mut self.noted else {
+            return;
+        };
+        noted.extend(changed.filter(|key| row::is_watched(key)));
     }
 
     fn drop_entry(&mut self) {
-        self.entry.clear();
-        self.entry_touched = Touched::default();
+        // Newest first: a row that was changed twice ends as it was at first.
+        for (key, before) in self.undo.drain(..).rev() {
+            self.known.forget(&key);
+            match before {
+                Some(value) => self.batch.insert(key, value),
+                None => self.batch.remove(&key),
+            };
+        }
     }
 }
 

@@ -2,11 +2,12 @@
 
 use parking_lot::Mutex;
 use qsfs_metad::ground::{Job, Store, Stores, Work, WorkLost};
-use qsfs_metad::state::kv::{Batch, KvError, Pair};
+use qsfs_metad::state::kv::{Batch, KvError, Pair, RowKey};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,7 +88,7 @@ impl Work for SimWork {
     }
 }
 
-type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
+type Rows = BTreeMap<RowKey, Vec<u8>>;
 
 fn put(rows: &mut Rows, batch: &Batch) {
     for (key, value) in batch {
@@ -123,7 +124,8 @@ impl Store for Twin {
             return Ok(Vec::new());
         }
         let rows = self.rows.lock();
-        let found = rows.now.range(from.to_vec()..until.to_vec()).take(max);
+        let bounds = (Bound::Included(from), Bound::Excluded(until));
+        let found = rows.now.range::<[u8], _>(bounds).take(max);
         Ok(found.map(|(k, v)| (k.clone(), v.clone())).collect())
     }
 

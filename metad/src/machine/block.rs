@@ -8,7 +8,7 @@
 //! Rows ascend by key. `shared` is how many bytes of its key a row has in common with the row before it (0 for the first), `rest`
 //! the number of those that follow here. Keys of one table differ in their last bytes, so most rows spend few bytes on them.
 
-use crate::state::kv::{KvError, Pair};
+use crate::state::kv::{KvError, Pair, RowKey};
 
 /// Bytes a block is cut at. sled puts up to 17 values into one page, and pages above 128 KiB into files it does not sync.
 pub const BLOCK_BYTES: usize = 6 << 10;
@@ -68,7 +68,7 @@ fn row_bytes(before: &[u8], key: &[u8], value: &[u8]) -> usize {
 }
 
 /// Rows in key order as blocks, each with the key of its first row: as few as the limits allow, of about the same size.
-pub fn encode(rows: &[Pair]) -> Vec<(Vec<u8>, Vec<u8>)> {
+pub fn encode(rows: &[Pair]) -> Vec<Pair> {
     let mut before: &[u8] = &[];
     let mut total = 0;
     for (key, value) in rows {
@@ -81,7 +81,7 @@ pub fn encode(rows: &[Pair]) -> Vec<(Vec<u8>, Vec<u8>)> {
         .max(1);
     let (bytes_max, rows_max) = (total.div_ceil(parts), rows.len().div_ceil(parts));
     let by_rows = rows.len().div_ceil(BLOCK_ROWS) == parts;
-    let mut blocks: Vec<(Vec<u8>, Vec<u8>)> = Vec::with_capacity(parts + 1);
+    let mut blocks: Vec<Pair> = Vec::with_capacity(parts + 1);
     let mut in_last = 0;
     let mut before: &[u8] = &[];
     for (key, value) in rows {
@@ -126,7 +126,7 @@ pub fn decode(block: &[u8]) -> Result<Vec<Pair>, KvError> {
         let (key_rest, value) = (take_varint(&mut rest)?, take_varint(&mut rest)?);
         let before: &[u8] = rows.last().map_or(&[], |(key, _)| key);
         let head = before.get(..shared);
-        let mut key = Vec::with_capacity(shared + key_rest);
+        let mut key = RowKey::with_capacity(shared + key_rest);
         key.extend_from_slice(head.ok_or_else(|| damaged("shares more than there is"))?);
         key.extend_from_slice(take(&mut rest, key_rest)?);
         if !rows.is_empty() && key.as_slice() <= before {
@@ -144,7 +144,7 @@ pub fn check(block: &[u8], first: &[u8], below: Option<&[u8]>) -> Result<(), KvE
     if crc != crc32fast::hash(rest).to_le_bytes() {
         return Err(damaged("does not verify"));
     }
-    let mut key: Vec<u8> = Vec::new();
+    let mut key = RowKey::new();
     let mut rows = 0;
     while !rest.is_empty() {
         let shared = take_varint(&mut rest)?;
@@ -156,7 +156,7 @@ pub fn check(block: &[u8], first: &[u8], below: Option<&[u8]>) -> Result<(), KvE
         }
         key.truncate(shared);
         key.extend_from_slice(tail);
-        if rows == 0 && key != first {
+        if rows == 0 && *key != *first {
             return Err(damaged("does not begin with its key"));
         }
         rows += 1;
@@ -171,7 +171,7 @@ pub fn check(block: &[u8], first: &[u8], below: Option<&[u8]>) -> Result<(), KvE
 pub fn rows_from(block: &[u8], from: &[u8], max: usize) -> Result<Vec<Pair>, KvError> {
     let mut rest = block;
     take(&mut rest, 4)?;
-    let mut key = Vec::new();
+    let mut key = RowKey::new();
     let mut rows = Vec::new();
     while !rest.is_empty() && rows.len() < max {
         let shared = take_varint(&mut rest)?;
@@ -217,14 +217,14 @@ pub fn find<'a>(block: &'a [u8], key: &[u8]) -> Result<Option<&'a [u8]>, KvError
 }
 
 /// The keys next to one, below and above.
-pub type Around = (Option<Vec<u8>>, Option<Vec<u8>>);
+pub type Around = (Option<RowKey>, Option<RowKey>);
 
 /// The keys around one that a block does not hold; `None` where the block ends.
 pub fn around(block: &[u8], key: &[u8]) -> Result<Around, KvError> {
     let mut rest = block;
     take(&mut rest, 4)?;
     // The last key that is lower, and the one at work: they change places.
-    let (mut lower, mut at) = (Vec::new(), Vec::new());
+    let (mut lower, mut at) = (RowKey::new(), RowKey::new());
     let mut any_lower = false;
     while !rest.is_empty() {
         let shared = take_varint(&mut rest)?;
@@ -250,8 +250,8 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::BTreeMap;
 
-    fn rows() -> impl Strategy<Value = BTreeMap<Vec<u8>, Vec<u8>>> {
-        let key = prop::collection::vec(0u8..3, 0..7);
+    fn rows() -> impl Strategy<Value = BTreeMap<RowKey, Vec<u8>>> {
+        let key = prop::collection::vec(0u8..3, 0..7).prop_map(RowKey::from_vec);
         let value = prop_oneof![
             9 => prop::collection::vec(any::<u8>(), 0..20),
             1 => prop::collection::vec(any::<u8>(), 0..9_000),
@@ -263,7 +263,7 @@ mod tests {
         #![proptest_config(ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() })]
 
         #[test]
-        fn blocks_hold_what_was_put_in_and_find_it(rows in rows(), asked in prop::collection::vec(prop::collection::vec(0u8..4, 0..7), 50)) {
+        fn blocks_hold_what_was_put_in_and_find_it(rows in rows(), asked in prop::collection::vec(prop::collection::vec(0u8..4, 0..7).prop_map(RowKey::from_vec), 50)) {
             let pairs: Vec<Pair> = rows.clone().into_iter().collect();
             let blocks = encode(&pairs);
             let mut read = Vec::new();
@@ -300,7 +300,7 @@ mod tests {
 
     #[test]
     fn full_blocks_are_few() {
-        let pair = |n: u32| (n.to_be_bytes().to_vec(), vec![7; 100]);
+        let pair = |n: u32| (RowKey::from_slice(&n.to_be_bytes()), vec![7; 100]);
         let pairs: Vec<Pair> = (0..6_000).map(pair).collect();
         let bytes: usize = encode(&pairs).iter().map(|(_, block)| block.len()).sum();
         let least = bytes.div_ceil(BLOCK_BYTES);

@@ -8,7 +8,7 @@
 //! a matter of holding on to a directory, and a change reaches the store by writing new pages under new ids and then the root.
 
 use super::block;
-use crate::state::kv::{KvError, Pair};
+use crate::state::kv::{KvError, Pair, RowKey};
 use std::sync::Arc;
 
 /// A block.
@@ -97,7 +97,10 @@ impl Directory {
     /// The root, as parts.
     pub fn root(&self) -> Vec<Vec<u8>> {
         let pair = |segment: &Arc<Segment>| {
-            let first = segment.entries.first().map(|entry| entry.first.to_vec());
+            let first = segment
+                .entries
+                .first()
+                .map(|entry| RowKey::from_slice(&entry.first));
             Some((first?, segment.id.to_le_bytes().to_vec()))
         };
         let rows: Vec<Pair> = self.segments.iter().filter_map(pair).collect();
@@ -165,7 +168,7 @@ impl Directory {
     /// The directory with other blocks: per first key, in order, the block's new page, or none.
     pub fn edited(
         &self,
-        edits: &[(Vec<u8>, Option<u64>)],
+        edits: &[(RowKey, Option<u64>)],
         mut new_id: impl FnMut() -> u64,
     ) -> Result<Edited, KvError> {
         let mut edited = Edited {
@@ -188,10 +191,10 @@ impl Directory {
                 segments.extend(old.cloned());
                 continue;
             }
-            let mut rows: std::collections::BTreeMap<Vec<u8>, u64> = old
+            let mut rows: std::collections::BTreeMap<RowKey, u64> = old
                 .iter()
                 .flat_map(|old| &old.entries)
-                .map(|entry| (entry.first.to_vec(), entry.id))
+                .map(|entry| (RowKey::from_slice(&entry.first), entry.id))
                 .collect();
             for (key, id) in here {
                 match id {

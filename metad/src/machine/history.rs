@@ -7,7 +7,7 @@
 //! In memory only, of one node: it begins with what the node applies after its start or after a snapshot it was given, and forgets the
 //! oldest beyond [`HISTORY_BYTES_MAX`]. Who asks for something older lists anew, or asks another node.
 
-use crate::state::kv::Batch;
+use crate::state::kv::Changed;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -24,14 +24,14 @@ const OVERHEAD_BYTES: usize = 96;
 pub struct Noted {
     /// Log index.
     pub index: u64,
-    /// Rows by key.
-    pub rows: Batch,
+    /// In key order.
+    pub rows: Vec<Changed>,
 }
 
 impl Noted {
     fn bytes(&self) -> usize {
         let rows = self.rows.iter();
-        let row = |(key, value): (&Vec<u8>, &Option<Vec<u8>>)| {
+        let row = |(key, value): &Changed| {
             key.len() + value.as_ref().map_or(0, Vec::len) + OVERHEAD_BYTES
         };
         rows.map(row).sum::<usize>() + OVERHEAD_BYTES
@@ -137,10 +137,14 @@ mod tests {
     #![expect(clippy::unwrap_used, reason = "tests")]
 
     use super::*;
+    use crate::state::kv::RowKey;
     use proptest::prelude::*;
 
     fn noted(index: u64, bytes: usize) -> Noted {
-        let rows = [(index.to_be_bytes().to_vec(), Some(vec![7; bytes]))];
+        let rows = [(
+            RowKey::from_slice(&index.to_be_bytes()),
+            Some(vec![7; bytes]),
+        )];
         Noted {
             index,
             rows: rows.into(),

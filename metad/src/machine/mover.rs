@@ -13,7 +13,7 @@
 use super::block::{self, BLOCK_BYTES};
 use super::directory::{Directory, Entry, Position};
 use crate::ground::Store;
-use crate::state::kv::{self, Batch, KvError, Pair};
+use crate::state::kv::{self, Batch, KvError, Pair, RowKey};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -38,14 +38,14 @@ pub(super) const ROOT: u8 = b'r';
 /// First byte of the names of pages.
 pub(super) const PAGE: u8 = b'p';
 
-pub(super) fn page_name(id: u64) -> Vec<u8> {
-    let mut name = vec![PAGE];
+pub(super) fn page_name(id: u64) -> RowKey {
+    let mut name = RowKey::from_slice(&[PAGE]);
     name.extend_from_slice(&id.to_be_bytes());
     name
 }
 
-fn root_name(part: u32) -> Vec<u8> {
-    let mut name = vec![ROOT];
+fn root_name(part: u32) -> RowKey {
+    let mut name = RowKey::from_slice(&[ROOT]);
     name.extend_from_slice(&part.to_be_bytes());
     name
 }
@@ -63,7 +63,7 @@ pub(super) fn scan(
     mut visit: impl FnMut(&[u8], &[u8]) -> Result<bool, KvError>,
 ) -> Result<(), KvError> {
     let until = kv::prefix_end(prefix);
-    let mut from = prefix.to_vec();
+    let mut from = RowKey::from_slice(prefix);
     loop {
         let pages = store.range(&from, &until, SCAN_PAGES)?;
         for (name, page) in &pages {
@@ -98,7 +98,7 @@ struct Move<'a> {
     next_id: &'a mut u64,
     pending: Batch,
     pending_bytes: usize,
-    edits: Vec<(Vec<u8>, Option<u64>)>,
+    edits: Vec<(RowKey, Option<u64>)>,
     freed: Vec<u64>,
 }
 
@@ -128,9 +128,9 @@ impl Move<'_> {
 
     /// Puts rows in the place of blocks.
     fn replace(&mut self, old: &[&Entry], rows: &[Pair]) -> Result<(), KvError> {
-        let mut edits: BTreeMap<Vec<u8>, Option<u64>> = BTreeMap::new();
+        let mut edits: BTreeMap<RowKey, Option<u64>> = BTreeMap::new();
         for entry in old {
-            edits.insert(entry.first.to_vec(), None);
+            edits.insert(RowKey::from_slice(&entry.first), None);
             self.freed.push(entry.id);
         }
         for (first, block) in block::encode(rows) {
@@ -270,7 +270,7 @@ fn changed_block(
         }
         let known = old.next_if(|(k, _)| k.as_slice() == *key);
         altered |= known.as_ref().map(|(_, v)| v.as_slice()) != *value;
-        rows.extend(value.map(|value| (key.to_vec(), value.to_vec())));
+        rows.extend(value.map(|value| (RowKey::from_slice(key), value.to_vec())));
     }
     rows.extend(old);
     let altered = match altered {

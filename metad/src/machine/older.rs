@@ -3,7 +3,7 @@
 use super::rows::{Fill, Rows};
 use super::{MachineError, mover};
 use crate::ground::Ground;
-use crate::state::kv::Batch;
+use crate::state::kv::{Batch, RowKey};
 use std::path::Path;
 
 /// Rows copied at once.
@@ -16,7 +16,7 @@ pub(super) fn copy(ground: &Ground, state: &Path, generation: u64) -> Result<Row
     super::fill_generation(ground, state, generation + 1, |kv| {
         let mut batch = Batch::new();
         mover::scan(old.as_ref(), &[], |key, value| {
-            batch.insert(key.to_vec(), Some(value.to_vec()));
+            batch.insert(RowKey::from_slice(key), Some(value.to_vec()));
             if batch.len() == COPY_ROWS && kv.commit(std::mem::take(&mut batch)) != Fill::Room {
                 kv.relieve()?;
             }

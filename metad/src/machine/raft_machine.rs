@@ -5,7 +5,7 @@ use super::snapshot::{self, Meta, SnapshotFile};
 use super::{Machine, MachineError};
 use crate::ground;
 use crate::raft::{LogEntry, LogId, Response, StorageError, StoredMembership, TypeConfig};
-use crate::state::kv::{KvError, Pair, after};
+use crate::state::kv::{KvError, Pair, RowKey, after};
 use openraft::storage::RaftStateMachine;
 use openraft::{
     AnyError, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta, StorageIOError,
@@ -65,7 +65,7 @@ impl Machine {
             last_membership: raft.membership,
             snapshot_id: id,
         };
-        let mut from = Vec::new();
+        let mut from = RowKey::new();
         write(&meta, &mut || {
             if self.shared.current.read().kv.generation() != generation {
                 return Err(KvError::Replaced);

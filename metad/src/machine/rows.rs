@@ -17,7 +17,7 @@ use super::directory::{Directory, Position};
 use super::mover::{self, FORMAT, FORMAT_PAGE, Mover};
 use super::seen::Seen;
 use crate::ground::{Store, Stores};
-use crate::state::kv::{self, Batch, Kv, KvError, Pair};
+use crate::state::kv::{self, Batch, Kv, KvError, Pair, RowKey};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -30,8 +30,8 @@ pub const RECENT_BYTES_MAX: usize = 16 << 20;
 /// So many times that, and whoever commits has to wait for a move.
 pub const RECENT_TIMES_MAX: usize = 3;
 
-/// What a row takes in memory besides its bytes, about.
-const ROW_OVERHEAD: usize = 96;
+/// What a row takes in memory besides its bytes, about: its place in the map, whose nodes are not full, and that of its value.
+const ROW_OVERHEAD: usize = 128;
 
 /// Rows taken out of a block at once.
 const BLOCK_PAGE_ROWS: usize = 64;
@@ -222,20 +222,20 @@ impl Rows {
 }
 
 impl Kv for Rows {
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError> {
+    fn look(&self, key: &[u8], see: &mut dyn FnMut(&[u8])) -> Result<bool, KvError> {
         // Held throughout: what is being read must not be removed.
         let layers = self.inner.layers.read();
         let frozen = layers.frozen.iter().rev().map(AsRef::as_ref);
         for layer in std::iter::once(&layers.recent).chain(frozen) {
             if let Some(value) = layer.get(key) {
-                return Ok(value.clone());
+                return Ok(value.as_deref().map(see).is_some());
             }
         }
         let Some(at) = layers.directory.position(key) else {
-            return Ok(None);
+            return Ok(false);
         };
         if let Some(known) = self.inner.seen.lock().get(key) {
-            return Ok(known.map(<[u8]>::to_vec));
+            return Ok(known.map(see).is_some());
         }
         let page = mover::page(self.inner.store.as_ref(), layers.directory.at(at).id)?;
         let found = block::find(&page, key)?;
@@ -244,19 +244,16 @@ impl Kv for Rows {
             None => {
                 let (lower, higher) = block::around(&page, key)?;
                 let next = || {
-                    Some(
-                        layers
-                            .directory
-                            .at(layers.directory.next(at)?)
-                            .first
-                            .to_vec(),
-                    )
+                    let next = layers.directory.at(layers.directory.next(at)?);
+                    Some(RowKey::from_slice(&next.first))
                 };
-                let until = higher.or_else(next).unwrap_or_else(|| vec![u8::MAX; 16]);
+                let until = higher
+                    .or_else(next)
+                    .unwrap_or_else(|| RowKey::from_slice(&[u8::MAX; 16]));
                 self.inner.seen.lock().gap(lower.unwrap_or_default(), until);
             }
         }
-        Ok(found.map(<[u8]>::to_vec))
+        Ok(found.map(see).is_some())
     }
 
     fn range(&self, from: &[u8], until: &[u8], max: usize) -> Result<Vec<Pair>, KvError> {
@@ -299,7 +296,7 @@ struct Stored<'a> {
     /// The block at work.
     page: Option<Vec<u8>>,
     at: Option<Position>,
-    from: Vec<u8>,
+    from: RowKey,
     rows: std::vec::IntoIter<Pair>,
 }
 
@@ -310,7 +307,7 @@ impl<'a> Stored<'a> {
             directory,
             page: None,
             at: directory.position(from),
-            from: from.to_vec(),
+            from: RowKey::from_slice(from),
             rows: Vec::new().into_iter(),
         }
     }
@@ -362,7 +359,7 @@ fn check_format(store: &dyn Store) -> Result<(), KvError> {
         return Err(KvError::OldFormat);
     }
     let format = FORMAT.to_le_bytes().to_vec();
-    store.write(&[(FORMAT_PAGE.to_vec(), Some(format))].into())
+    store.write(&[(RowKey::from_slice(FORMAT_PAGE), Some(format))].into())
 }
 
 /// The first key of a block, and that of the next.

@@ -3,6 +3,7 @@
 //!
 //! It speaks for the blocks of one directory: whoever puts another in its place clears it.
 
+use crate::state::kv::RowKey;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
 
@@ -17,9 +18,9 @@ const GAPS_MAX: usize = 1_024;
 
 #[derive(Debug, Default)]
 pub(super) struct Seen {
-    rows: HashMap<Vec<u8>, Vec<u8>>,
+    rows: HashMap<RowKey, Vec<u8>>,
     /// There is no row between the two.
-    gaps: BTreeMap<Vec<u8>, Vec<u8>>,
+    gaps: BTreeMap<RowKey, RowKey>,
 }
 
 impl Seen {
@@ -30,7 +31,7 @@ impl Seen {
         }
         let below = (Bound::Unbounded, Bound::Excluded(key));
         let (_, end) = self.gaps.range::<[u8], _>(below).next_back()?;
-        (key < end.as_slice()).then_some(None)
+        (key < &**end).then_some(None)
     }
 
     pub(super) fn row(&mut self, key: &[u8], value: &[u8]) {
@@ -40,10 +41,10 @@ impl Seen {
         if self.rows.len() >= ROWS_MAX {
             self.rows.clear();
         }
-        self.rows.insert(key.to_vec(), value.to_vec());
+        self.rows.insert(RowKey::from_slice(key), value.to_vec());
     }
 
-    pub(super) fn gap(&mut self, from: Vec<u8>, until: Vec<u8>) {
+    pub(super) fn gap(&mut self, from: RowKey, until: RowKey) {
         if self.gaps.len() >= GAPS_MAX {
             self.gaps.clear();
         }

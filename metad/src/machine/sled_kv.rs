@@ -4,7 +4,7 @@
 //! their own are never synced: both are done here.
 
 use crate::ground::{Store, Stores};
-use crate::state::kv::{Batch, KvError, Pair};
+use crate::state::kv::{Batch, KvError, Pair, RowKey};
 use qsfs_zdb::media::{DiskMedia, Media};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -85,7 +85,7 @@ impl Store for SledStore {
         let mut pairs = Vec::new();
         for pair in self.db.range(from..until).take(max) {
             let (key, value) = pair?;
-            pairs.push((key.to_vec(), value.to_vec()));
+            pairs.push((RowKey::from_slice(&key), value.to_vec()));
         }
         Ok(pairs)
     }

@@ -11,7 +11,7 @@
 use super::MachineError;
 use crate::ground::{self, Ground, Work};
 use crate::raft::TypeConfig;
-use crate::state::kv::{Batch, KvError, Pair};
+use crate::state::kv::{Batch, KvError, Pair, RowKey};
 use futures::future::BoxFuture;
 use openraft::SnapshotMeta;
 use parking_lot::Mutex;
@@ -497,7 +497,8 @@ impl Reader {
         if key_bytes > ROW_BYTES_MAX || value_bytes > ROW_BYTES_MAX {
             return Err(self.damaged("a row is impossibly long"));
         }
-        Ok(Some((self.bytes(key_bytes)?, self.bytes(value_bytes)?)))
+        let key = RowKey::from_vec(self.bytes(key_bytes)?);
+        Ok(Some((key, self.bytes(value_bytes)?)))
     }
 }
 

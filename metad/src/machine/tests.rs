@@ -9,7 +9,7 @@ use crate::ground::{Ground, Store, Stores};
 use crate::log::storage::LogStore;
 use crate::raft::{LogEntry, LogId, StorageError, TypeConfig};
 use crate::state::command::{Command, Entry, Genesis, MemberRow};
-use crate::state::kv::{Batch, Kv, KvError, MemoryKv, Pair};
+use crate::state::kv::{Batch, Kv, KvError, MemoryKv, Pair, RowKey};
 use openraft::storage::RaftStateMachine;
 use openraft::testing::{StoreBuilder, Suite};
 use openraft::{CommittedLeaderId, EntryPayload};
@@ -99,7 +99,7 @@ fn a_snapshot_holds_the_state_as_it_was_when_it_began_whatever_is_applied_meanwh
         snapshot_id: "s".into(),
     };
     let view = machine.shared.current.read().kv.view();
-    let (mut next, mut from) = (3_000, Vec::new());
+    let (mut next, mut from) = (3_000, RowKey::new());
     let path = snapshot::write(&DiskMedia, dir.path(), &meta, || {
         fill(&machine, next..next + 50);
         next += 50;
@@ -109,7 +109,7 @@ fn a_snapshot_holds_the_state_as_it_was_when_it_began_whatever_is_applied_meanwh
         let page = view.page(&from, 500)?;
         from = page
             .last()
-            .map_or(Vec::new(), |(last, _)| crate::state::kv::after(last));
+            .map_or(RowKey::new(), |(last, _)| crate::state::kv::after(last));
         Ok::<_, KvError>(page)
     })
     .unwrap();
@@ -535,7 +535,7 @@ proptest! {
             prop_assert_eq!(&found, moved.last().unwrap());
         }
         // It goes on from there.
-        let more: Batch = [(vec![0, 1], Some(vec![1]))].into();
+        let more: Batch = [(RowKey::from_slice(&[0, 1]), Some(vec![1]))].into();
         let mut after = MemoryKv::default();
         after.commit(found.into_iter().map(|(key, value)| (key, Some(value))).collect());
         after.commit(more.clone());
@@ -573,7 +573,7 @@ fn batch() -> impl Strategy<Value = Batch> {
     let rows = prop_oneof![2 => one, 1 => many];
     rows.prop_map(|rows: std::collections::BTreeMap<u16, Option<Vec<u8>>>| {
         rows.into_iter()
-            .map(|(key, value)| (key.to_be_bytes().to_vec(), value))
+            .map(|(key, value)| (RowKey::from_slice(&key.to_be_bytes()), value))
             .collect()
     })
 }
@@ -625,7 +625,7 @@ fn a_state_of_a_newer_format_is_refused_and_left_alone() {
     let newer = SledStores.open(&path).unwrap();
     let format = (super::mover::FORMAT + 1).to_le_bytes().to_vec();
     newer
-        .write(&[(b"f".to_vec(), Some(format))].into())
+        .write(&[(RowKey::from_slice(b"f"), Some(format))].into())
         .unwrap();
     newer.flush().unwrap();
     drop(newer);
@@ -640,12 +640,12 @@ fn a_state_of_a_newer_format_is_refused_and_left_alone() {
 fn a_block_that_is_not_what_it_was_is_found_at_open() {
     let store = Arc::new(MemoryStore::default());
     let kv = Rows::open_on(store.clone(), 0, true).unwrap();
-    let row = |n: u16| (n.to_be_bytes().to_vec(), Some(vec![1; 50]));
+    let row = |n: u16| (RowKey::from_slice(&n.to_be_bytes()), Some(vec![1; 50]));
     kv.commit((0..2_000).map(row).collect());
     kv.flush().unwrap();
     let mut names = Vec::new();
     let gather = |name: &[u8], page: &[u8]| {
-        names.push((name.to_vec(), page.to_vec()));
+        names.push((RowKey::from_slice(name), page.to_vec()));
         Ok(true)
     };
     scan(store.as_ref(), &[], gather).unwrap();
@@ -654,7 +654,7 @@ fn a_block_that_is_not_what_it_was_is_found_at_open() {
         let middle = flipped.len() / 2;
         flipped[middle] ^= 4;
         for harmed in [Some(flipped), None] {
-            if name == b"f" && harmed.is_none() {
+            if *name == *b"f" && harmed.is_none() {
                 // Without it, it is taken for one of the first format, whose rows will not be ones.
                 continue;
             }

@@ -1,7 +1,7 @@
 //! Backends and the agents that host them.
 
 use super::command::Reply;
-use super::kv::{Kv, KvError};
+use super::kv::{Kv, KvError, RowKey};
 use super::row::{Key, Table};
 use super::{State, Stop, tombstones};
 use qsfs_proto::api::{Agent, Applied, Backend, BackendAddress, Intent, MetadError, Verdict};
@@ -17,19 +17,19 @@ pub struct BackendLoad {
     pub bytes: u64,
 }
 
-pub(super) fn backend_key(id: BackendId) -> Vec<u8> {
+pub(super) fn backend_key(id: BackendId) -> RowKey {
     Key::of(Table::Backend).number(id.0).done()
 }
 
-fn load_key(id: BackendId) -> Vec<u8> {
+fn load_key(id: BackendId) -> RowKey {
     Key::of(Table::BackendLoad).number(id.0).done()
 }
 
-fn agent_key(id: AgentId) -> Vec<u8> {
+fn agent_key(id: AgentId) -> RowKey {
     Key::of(Table::Agent).number(id.0).done()
 }
 
-fn agent_name_key(location: &LocationName, node: &NodeName) -> Vec<u8> {
+fn agent_name_key(location: &LocationName, node: &NodeName) -> RowKey {
     Key::of(Table::AgentName)
         .bytes(location.as_str().as_bytes())
         .bytes(&[0])

@@ -2,14 +2,21 @@
 //!
 //! Invariants: ranges come in key order; a batch becomes visible whole or not at all.
 
+use smallvec::SmallVec;
 use std::collections::BTreeMap;
 use std::ops::Bound;
 
+/// The key of a row. Nearly all fit in without memory of their own, so that a search in a map compares what it has at hand.
+pub type RowKey = SmallVec<[u8; 40]>;
+
 /// A key and its value.
-pub type Pair = (Vec<u8>, Vec<u8>);
+pub type Pair = (RowKey, Vec<u8>);
+
+/// A key and its new value; `None`: deleted.
+pub type Changed = (RowKey, Option<Vec<u8>>);
 
 /// Changes by key; `None` deletes.
-pub type Batch = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
+pub type Batch = BTreeMap<RowKey, Option<Vec<u8>>>;
 
 /// The local store failed; never a refusal.
 #[derive(Debug, thiserror::Error)]
@@ -49,16 +56,23 @@ pub enum KvError {
 
 /// What `apply` reads.
 pub trait Kv {
+    /// Shows the value of a key, if there is one; says whether there is.
+    fn look(&self, key: &[u8], see: &mut dyn FnMut(&[u8])) -> Result<bool, KvError>;
+
     /// One value.
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError>;
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError> {
+        let mut found = None;
+        self.look(key, &mut |value| found = Some(value.to_vec()))?;
+        Ok(found)
+    }
 
     /// At most `max` pairs of `[from, until)` in key order.
     fn range(&self, from: &[u8], until: &[u8], max: usize) -> Result<Vec<Pair>, KvError>;
 }
 
 impl<T: Kv + ?Sized> Kv for &T {
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError> {
-        (**self).get(key)
+    fn look(&self, key: &[u8], see: &mut dyn FnMut(&[u8])) -> Result<bool, KvError> {
+        (**self).look(key, see)
     }
 
     fn range(&self, from: &[u8], until: &[u8], max: usize) -> Result<Vec<Pair>, KvError> {
@@ -69,7 +83,7 @@ impl<T: Kv + ?Sized> Kv for &T {
 /// The in-memory twin, for tests and simulation.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct MemoryKv {
-    rows: BTreeMap<Vec<u8>, Vec<u8>>,
+    rows: BTreeMap<RowKey, Vec<u8>>,
 }
 
 impl MemoryKv {
@@ -84,21 +98,24 @@ impl MemoryKv {
     }
 
     /// Everything, in key order.
-    pub fn rows(&self) -> &BTreeMap<Vec<u8>, Vec<u8>> {
+    pub fn rows(&self) -> &BTreeMap<RowKey, Vec<u8>> {
         &self.rows
     }
 }
 
 impl Kv for MemoryKv {
-    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError> {
-        Ok(self.rows.get(key).cloned())
+    fn look(&self, key: &[u8], see: &mut dyn FnMut(&[u8])) -> Result<bool, KvError> {
+        Ok(self.rows.get(key).map(|value| see(value)).is_some())
     }
 
     fn range(&self, from: &[u8], until: &[u8], max: usize) -> Result<Vec<Pair>, KvError> {
         if from >= until {
             return Ok(Vec::new());
         }
-        let pairs = self.rows.range(from.to_vec()..until.to_vec()).take(max);
+        let pairs = self
+            .rows
+            .range::<[u8], _>((Bound::Included(from), Bound::Excluded(until)));
+        let pairs = pairs.take(max);
         Ok(pairs.map(|(k, v)| (k.clone(), v.clone())).collect())
     }
 }
@@ -150,15 +167,15 @@ pub fn overlaid(
 }
 
 /// The smallest key greater than `key`.
-pub fn after(key: &[u8]) -> Vec<u8> {
-    let mut next = key.to_vec();
+pub fn after(key: &[u8]) -> RowKey {
+    let mut next = RowKey::from_slice(key);
     next.push(0);
     next
 }
 
 /// The end of the range of all keys that begin with `prefix`.
-pub fn prefix_end(prefix: &[u8]) -> Vec<u8> {
-    let mut end = prefix.to_vec();
+pub fn prefix_end(prefix: &[u8]) -> RowKey {
+    let mut end = RowKey::from_slice(prefix);
     while let Some(last) = end.last_mut() {
         if *last < u8::MAX {
             *last += 1;
@@ -166,5 +183,5 @@ pub fn prefix_end(prefix: &[u8]) -> Vec<u8> {
         }
         end.pop();
     }
-    vec![u8::MAX; prefix.len() + 64]
+    RowKey::from_elem(u8::MAX, prefix.len() + 64)
 }

@@ -1,13 +1,13 @@
 //! Metad nodes as they joined. Who votes is Raft's own membership; names and addresses are here.
 
 use super::command::{Admission, MemberRow, Reply};
-use super::kv::{Kv, KvError};
+use super::kv::{Kv, KvError, RowKey};
 use super::row::{Key, Table};
 use super::{State, Stop, tokens};
 use qsfs_proto::api::{Applied, MetadError, Role};
 use qsfs_zstor::id::MetadId;
 
-fn key(id: MetadId) -> Vec<u8> {
+fn key(id: MetadId) -> RowKey {
     Key::of(Table::Member).number(id.0).done()
 }
 

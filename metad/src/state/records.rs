@@ -3,14 +3,14 @@
 //! Invariants: a record changes only here; its version rises at every change; the index row of every shard exists exactly
 //! while a record places that shard on that backend; the sums of backends and volumes agree with the records.
 
-use super::kv::{Kv, KvError, after, prefix_end};
+use super::kv::{Kv, KvError, RowKey, after, prefix_end};
 use super::row::{Key, Table, array_at, number_at};
 use super::{State, Stop, tombstones};
 use crate::placing;
-use qsfs_proto::api::{Applied, Backend, Head, Intent, MetadError, Mutation, ShardReport, Volume};
+use qsfs_proto::api::{Applied, Head, Intent, MetadError, Mutation, ShardReport, Volume};
 use qsfs_zstor::id::{BackendId, DatafileId, Epoch, Stream, VolumeId};
 use qsfs_zstor::record::{EncodingRecord, ShardState};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::HashSet;
 
 /// Records in one commit at most.
 pub const COMMIT_RECORDS_MAX: usize = 256;
@@ -21,14 +21,14 @@ pub const REPORTS_MAX: usize = 1_024;
 /// Datafiles released at once at most.
 pub const RELEASE_MAX: usize = 4_096;
 
-fn key(volume: VolumeId, datafile: DatafileId) -> Vec<u8> {
+fn key(volume: VolumeId, datafile: DatafileId) -> RowKey {
     Key::of(Table::Record)
         .bytes(volume.as_bytes())
         .number(datafile.0)
         .done()
 }
 
-fn index_key(backend: BackendId, record: &EncodingRecord, shard: u32) -> Vec<u8> {
+fn index_key(backend: BackendId, record: &EncodingRecord, shard: u32) -> RowKey {
     Key::of(Table::RecordByBackend)
         .number(backend.0)
         .bytes(record.volume.as_bytes())
@@ -48,21 +48,13 @@ pub(super) fn commit<K: Kv>(
     records: &[EncodingRecord],
     head: Option<&Head>,
 ) -> Result<Applied, Stop> {
-    let mut volume = state.written_by(id, epoch)?;
+    let volume = state.written_by(id, epoch)?;
     if records.len() > COMMIT_RECORDS_MAX {
         return invalid(format!("{} records in one commit", records.len()));
     }
-    let mut backends = BTreeMap::new();
-    let mut seen = BTreeSet::new();
+    let mut seen = HashSet::new();
     for record in records {
-        for shard in &record.shards {
-            if !backends.contains_key(&shard.backend)
-                && let Some(backend) = state.backend(shard.backend)?
-            {
-                backends.insert(shard.backend, backend);
-            }
-        }
-        check_record(record, &volume, &backends)?;
+        check_record(state, record, &volume)?;
         if !seen.insert(record.datafile) {
             return invalid(format!("datafile {} twice in one commit", record.datafile));
         }
@@ -83,16 +75,18 @@ pub(super) fn commit<K: Kv>(
     }
     if let Some(head) = head {
         check_head(state, &volume, head)?;
-        volume.head = *head;
-        state.put_volume(&volume);
+        state.put_volume(&Volume {
+            head: *head,
+            ..Volume::clone(&volume)
+        });
     }
     Ok(Applied::Done)
 }
 
-fn check_record(
+fn check_record<K: Kv>(
+    state: &mut State<K>,
     record: &EncodingRecord,
     volume: &Volume,
-    backends: &BTreeMap<BackendId, Backend>,
 ) -> Result<(), Stop> {
     let name = record.datafile;
     if record.volume != volume.id || record.datafile.0 == 0 || record.version != 0 {
@@ -120,7 +114,7 @@ fn check_record(
         if shard.state != ShardState::Stored {
             return invalid(format!("datafile {name} has a shard that is not stored"));
         }
-        match backends.get(&shard.backend) {
+        match state.seen_backend(shard.backend)? {
             Some(backend) if backend.intent != Intent::Retire => {}
             _ => {
                 let text = format!("backend {}", shard.backend);
@@ -371,9 +365,7 @@ impl<K: Kv> State<K> {
 
     /// Adds a record to the index and the sums by backend, or takes it out.
     fn count(&mut self, record: &EncodingRecord, add: bool) -> Result<(), KvError> {
-        let mut counts: BTreeMap<BackendId, u64> = BTreeMap::new();
         for (index, shard) in (0u32..).zip(&record.shards) {
-            *counts.entry(shard.backend).or_default() += 1;
             let key = index_key(shard.backend, record, index);
             if add {
                 self.put(key, Vec::new());
@@ -381,7 +373,7 @@ impl<K: Kv> State<K> {
                 self.delete(key);
             }
         }
-        for (backend, shards) in counts {
+        for (backend, shards) in placing::per_backend(record) {
             let mut load = self.backend_load(backend)?;
             let bytes = shards * record.shard_bytes;
             if add {

@@ -2,9 +2,10 @@
 //! the nouns. Values are one format byte and postcard.
 
 use super::State;
-use super::kv::{Kv, KvError, prefix_end};
+use super::kv::{Kv, KvError, RowKey, prefix_end};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::cell::RefCell;
 
 /// Format byte in front of every value.
 pub const ROW_VERSION: u8 = 1;
@@ -54,12 +55,12 @@ pub enum Table {
 
 /// A key under construction.
 #[derive(Debug, Clone)]
-pub struct Key(Vec<u8>);
+pub struct Key(RowKey);
 
 impl Key {
     /// Starts with the table byte.
     pub fn of(table: Table) -> Self {
-        Self(vec![table as u8])
+        Self(RowKey::from_slice(&[table as u8]))
     }
 
     /// Appends bytes.
@@ -85,15 +86,24 @@ impl Key {
     }
 
     /// The finished key.
-    pub fn done(self) -> Vec<u8> {
+    pub fn done(self) -> RowKey {
         self.0
     }
 }
 
 /// Encodes a value.
 pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
-    let out = vec![ROW_VERSION];
-    postcard::to_extend(value, out).expect("plain data types always encode")
+    thread_local! {
+        /// Rows are put together here, so that the one that is kept has just the bytes it needs.
+        static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    }
+    SCRATCH.with_borrow_mut(|scratch| {
+        scratch.clear();
+        scratch.push(ROW_VERSION);
+        let encoded = postcard::to_io(value, &mut *scratch);
+        encoded.expect("plain data types always encode");
+        scratch.as_slice().to_vec()
+    })
 }
 
 /// Decodes a value that was stored under `key`.
@@ -139,11 +149,13 @@ pub fn array_at<const N: usize>(key: &[u8], offset: usize) -> Result<[u8; N], Kv
 impl<K: Kv> State<K> {
     /// A decoded row.
     pub(crate) fn row<T: DeserializeOwned>(&self, key: &[u8]) -> Result<Option<T>, KvError> {
-        self.get(key)?.map(|value| decode(key, &value)).transpose()
+        let mut row = None;
+        self.look(key, &mut |value| row = Some(decode(key, value)))?;
+        row.transpose()
     }
 
     /// Writes a row.
-    pub(crate) fn put_row<T: Serialize>(&mut self, key: Vec<u8>, value: &T) {
+    pub(crate) fn put_row<T: Serialize>(&mut self, key: RowKey, value: &T) {
         self.put(key, encode(value));
     }
 
@@ -151,7 +163,7 @@ impl<K: Kv> State<K> {
     pub(crate) fn rows<T: DeserializeOwned>(&self, prefix: &[u8]) -> Result<Vec<T>, KvError> {
         let until = prefix_end(prefix);
         let mut rows = Vec::new();
-        let mut from = prefix.to_vec();
+        let mut from = RowKey::from_slice(prefix);
         loop {
             let page = self.range(&from, &until, PAGE_ROWS)?;
             for (key, value) in &page {

@@ -5,7 +5,7 @@
 //! never applied. Sessions expire by log time.
 
 use super::command::Request;
-use super::kv::{Kv, KvError, after, prefix_end};
+use super::kv::{Kv, KvError, RowKey, after, prefix_end};
 use super::row::{Key, PAGE_ROWS, Table, decode};
 use super::{Outcome, State, tokens};
 use qsfs_proto::api::MetadError;
@@ -32,14 +32,14 @@ pub(super) struct Session {
     last_ms: u64,
 }
 
-fn session_key(id: &Request) -> Vec<u8> {
+fn session_key(id: &Request) -> RowKey {
     Key::of(Table::Session)
         .bytes(id.client.as_bytes())
         .number(id.session)
         .done()
 }
 
-fn answer_key(id: &Request, sequence: u64) -> Vec<u8> {
+fn answer_key(id: &Request, sequence: u64) -> RowKey {
     Key::of(Table::Answer)
         .bytes(id.client.as_bytes())
         .number(id.session)
@@ -129,6 +129,6 @@ pub(super) fn sweep<K: Kv>(state: &mut State<K>, now_ms: u64) -> Result<(), KvEr
 fn forget<K: Kv>(state: &mut State<K>, session_key: &[u8]) -> Result<(), KvError> {
     let answers = Key::of(Table::Answer).bytes(&session_key[1..]).done();
     delete_range(state, &answers, &prefix_end(&answers))?;
-    state.delete(session_key.to_vec());
+    state.delete(RowKey::from_slice(session_key));
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Singletons: the cluster's identity and settings, id counters, log time, rot counters.
 
 use super::command::{Genesis, Reply};
-use super::kv::{Kv, KvError};
+use super::kv::{Kv, KvError, RowKey};
 use super::row::{Key, Table};
 use super::{State, Stop, members, tokens};
 use qsfs_proto::api::{Applied, ClusterSettings, MetadError};
@@ -41,7 +41,7 @@ impl Default for Counters {
     }
 }
 
-fn single(name: &str) -> Vec<u8> {
+fn single(name: &str) -> RowKey {
     Key::of(Table::Single).bytes(name.as_bytes()).done()
 }
 

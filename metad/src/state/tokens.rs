@@ -1,7 +1,7 @@
 //! Join tokens: only the hash of the secret is here. Single use, expiring, bound to a role, and, once used, to the signing
 //! request that used it: a joiner that did not hear the answer may ask again, nobody else may.
 
-use super::kv::{Kv, KvError};
+use super::kv::{Kv, KvError, RowKey};
 use super::row::{Key, PAGE_ROWS, Table, decode};
 use super::{State, Stop};
 use qsfs_proto::api::{Applied, MetadError, Role, TokenInfo};
@@ -21,7 +21,7 @@ struct Token {
     revoked: bool,
 }
 
-fn key(hash: &[u8; 32]) -> Vec<u8> {
+fn key(hash: &[u8; 32]) -> RowKey {
     Key::of(Table::Token).bytes(hash).done()
 }
 
@@ -120,7 +120,7 @@ pub fn role_name(role: Role) -> &'static str {
     }
 }
 
-fn all<K: Kv>(state: &State<K>) -> Result<Vec<(Vec<u8>, Token)>, KvError> {
+fn all<K: Kv>(state: &State<K>) -> Result<Vec<(RowKey, Token)>, KvError> {
     let prefix = Key::of(Table::Token).done();
     let until = super::kv::prefix_end(&prefix);
     let (mut from, mut tokens) = (prefix, Vec::new());

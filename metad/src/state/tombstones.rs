@@ -9,7 +9,7 @@
 //! time.
 
 use super::command::Reply;
-use super::kv::{Kv, KvError, prefix_end};
+use super::kv::{Kv, KvError, RowKey, prefix_end};
 use super::row::{Key, PAGE_ROWS, Table, array_at, number_at};
 use super::{State, Stop};
 use qsfs_proto::api::{Applied, MetadError};
@@ -54,7 +54,7 @@ pub struct Tombstone {
     pub places: BTreeMap<(BackendId, u32), Due>,
 }
 
-fn key(volume: VolumeId, datafile: DatafileId, salt: Salt) -> Vec<u8> {
+fn key(volume: VolumeId, datafile: DatafileId, salt: Salt) -> RowKey {
     Key::of(Table::Tombstone)
         .bytes(volume.as_bytes())
         .number(datafile.0)
@@ -62,7 +62,7 @@ fn key(volume: VolumeId, datafile: DatafileId, salt: Salt) -> Vec<u8> {
         .done()
 }
 
-fn due_key(place: &Place, due_ms: u64) -> Vec<u8> {
+fn due_key(place: &Place, due_ms: u64) -> RowKey {
     Key::of(Table::TombstoneDue)
         .number(place.backend.0)
         .number(due_ms)

@@ -1,7 +1,7 @@
 //! Volumes: name, policy, lease and epoch, head.
 
 use super::command::Reply;
-use super::kv::{Kv, KvError, prefix_end};
+use super::kv::{Kv, KvError, RowKey, prefix_end};
 use super::row::{Key, PAGE_ROWS, Table, decode};
 use super::{State, Stop, records};
 use crate::placing;
@@ -9,6 +9,7 @@ use qsfs_proto::api::{Applied, Head, Lease, MetadError, Mutation, Volume, Volume
 use qsfs_zstor::id::{ClientId, DatafileId, Epoch, VolumeId, VolumeName};
 use qsfs_zstor::record::EncodingRecord;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// Records turned into tombstones by one reaping entry.
 pub const REAP_RECORDS: usize = 256;
@@ -28,21 +29,21 @@ pub struct VolumeTotals {
     pub bytes: u64,
 }
 
-fn key(id: VolumeId) -> Vec<u8> {
+fn key(id: VolumeId) -> RowKey {
     Key::of(Table::Volume).bytes(id.as_bytes()).done()
 }
 
-fn name_key(name: &VolumeName) -> Vec<u8> {
+fn name_key(name: &VolumeName) -> RowKey {
     Key::of(Table::VolumeName)
         .bytes(name.as_str().as_bytes())
         .done()
 }
 
-fn doomed_key(id: VolumeId) -> Vec<u8> {
+fn doomed_key(id: VolumeId) -> RowKey {
     Key::of(Table::Doomed).bytes(id.as_bytes()).done()
 }
 
-fn totals_key(id: VolumeId) -> Vec<u8> {
+fn totals_key(id: VolumeId) -> RowKey {
     Key::of(Table::VolumeTotals).bytes(id.as_bytes()).done()
 }
 
@@ -83,7 +84,7 @@ pub(super) fn create<K: Kv>(
             Err(MetadError::Exists(format!("volume id {id}")).into())
         };
     }
-    if state.get(&doomed_key(*id))?.is_some() {
+    if state.has(&doomed_key(*id))? {
         return Err(MetadError::Exists(format!("volume id {id}, being deleted")).into());
     }
     if state.volume_id(name)?.is_some() {
@@ -139,7 +140,7 @@ pub(super) fn delete<K: Kv>(
 
 /// Buries the next records of a deleted volume; says whether any are left.
 pub(super) fn reap<K: Kv>(state: &mut State<K>, id: VolumeId, now_ms: u64) -> Result<Reply, Stop> {
-    if state.get(&doomed_key(id))?.is_none() {
+    if !state.has(&doomed_key(id))? {
         return Ok(Reply::Remaining(false));
     }
     let due_ms = now_ms.saturating_add(state.settings()?.tombstone_grace_ms);
@@ -200,7 +201,7 @@ pub(super) fn renew<K: Kv>(
     epoch: Epoch,
     now_ms: u64,
 ) -> Result<Applied, Stop> {
-    let mut volume = state.written_by(id, epoch)?;
+    let mut volume = Volume::clone(&*state.written_by(id, epoch)?);
     let ttl_ms = state.settings()?.lease_ttl_ms;
     if let Some(lease) = &mut volume.lease {
         lease.expires_ms = now_ms.saturating_add(ttl_ms);
@@ -221,6 +222,10 @@ pub(super) fn release<K: Kv>(
     volume.lease = None;
     state.put_volume(&volume);
     Ok(Applied::Done)
+}
+
+fn missing(id: VolumeId) -> Stop {
+    MetadError::NoSuchVolume(id.to_string()).into()
 }
 
 fn fenced(volume: &Volume) -> MetadError {
@@ -273,13 +278,12 @@ impl<K: Kv> State<K> {
     }
 
     pub(super) fn known_volume(&self, id: VolumeId) -> Result<Volume, Stop> {
-        self.volume(id)?
-            .ok_or_else(|| MetadError::NoSuchVolume(id.to_string()).into())
+        self.volume(id)?.ok_or_else(|| missing(id))
     }
 
     /// The volume, if `epoch` is its writer's: no write under an older epoch, none after its release.
-    pub(super) fn written_by(&self, id: VolumeId, epoch: Epoch) -> Result<Volume, Stop> {
-        let volume = self.known_volume(id)?;
+    pub(super) fn written_by(&mut self, id: VolumeId, epoch: Epoch) -> Result<Arc<Volume>, Stop> {
+        let volume = self.seen_volume(id)?.ok_or_else(|| missing(id))?;
         if volume.epoch == epoch && volume.lease.is_some() {
             Ok(volume)
         } else {
