@@ -1,13 +1,16 @@
 //! What a node stands on: its disk, the store under its rows, its clock, and where it does what blocks. A daemon stands on
 //! [`Ground::real`]; a simulation gives its own of each.
 
+use crate::log::segments::Amount;
 use crate::machine::rows::Rows;
 use crate::machine::sled_kv::SledStores;
-use crate::raft::LogId;
-use crate::state::command::Entry;
+use crate::node::facts::FEATURE_LEVEL;
+use crate::raft::{LogEntry, LogId};
+use crate::state::command::{Command, Entry};
 use crate::state::kv::{Batch, KvError, Pair};
 use crate::state::{self, Outcome, State};
 use futures::future::BoxFuture;
+use openraft::EntryPayload;
 use qsfs_zdb::media::{DiskMedia, Media};
 use std::fmt::Debug;
 use std::io;
@@ -30,6 +33,8 @@ pub struct Ground {
     pub applier: Arc<dyn Applier>,
     /// Sizes at which something happens.
     pub sizes: Sizes,
+    /// Which commands are known.
+    pub program: Program,
 }
 
 impl Ground {
@@ -42,8 +47,61 @@ impl Ground {
             clock: Arc::new(SystemClock),
             applier: Arc::new(Apply),
             sizes: Sizes::default(),
+            program: Program::default(),
         }
     }
+}
+
+/// Which commands a program knows, by their level. There is one ([`Program::default`]); tests have older ones and newer ones.
+#[derive(Debug, Clone, Copy)]
+pub struct Program {
+    /// The highest level that it knows.
+    pub level: u32,
+    /// The level of a command.
+    pub level_of: fn(&Command) -> u32,
+}
+
+impl Default for Program {
+    fn default() -> Self {
+        Self {
+            level: FEATURE_LEVEL,
+            level_of: Command::feature_level,
+        }
+    }
+}
+
+impl Program {
+    /// What it says of an entry that it does not know.
+    ///
+    /// # Errors
+    /// The text, for people.
+    pub fn check(&self, entry: &LogEntry) -> Result<(), String> {
+        let EntryPayload::Normal(proposal) = &entry.payload else {
+            return Ok(());
+        };
+        let one = |command: &Command| {
+            let level = (self.level_of)(command);
+            if level <= self.level {
+                return Ok(());
+            }
+            let index = entry.log_id.index;
+            Err(unknown_entry(&format!(
+                "entry {index} is of feature level {level}, this program knows {}",
+                self.level
+            )))
+        };
+        match &proposal.command {
+            Command::Group(parts) => parts.iter().try_for_each(|part| one(&part.command)),
+            command => one(command),
+        }
+    }
+}
+
+/// What is said of an entry that a newer program wrote.
+pub fn unknown_entry(what: &str) -> String {
+    format!(
+        "an entry that this program does not know ({what}): start the newer program that wrote it; nothing is given up"
+    )
 }
 
 /// Sizes at which something happens.
@@ -51,18 +109,24 @@ impl Ground {
 pub struct Sizes {
     /// Bytes at which a new segment of the log is begun.
     pub segment_bytes: u64,
-    /// Entries after which a snapshot is taken.
-    pub snapshot_entries: u64,
-    /// Entries kept behind a snapshot for followers that are a little late.
-    pub kept_entries: u64,
+    /// Cost of the log ([`crate::node::bounding`]) at which a snapshot is taken, as long as snapshots are small.
+    pub snapshot_cost_min: u64,
+    /// The same, however large snapshots are.
+    pub snapshot_cost_max: u64,
+    /// What is kept of the log that is in a snapshot, for followers that are a little late.
+    pub kept: Amount,
 }
 
 impl Default for Sizes {
     fn default() -> Self {
         Self {
             segment_bytes: crate::log::segments::SEGMENT_BYTES,
-            snapshot_entries: 20_000,
-            kept_entries: 2_000,
+            snapshot_cost_min: 64 << 20,
+            snapshot_cost_max: 512 << 20,
+            kept: Amount {
+                entries: 2_000,
+                bytes: 16 << 20,
+            },
         }
     }
 }

@@ -37,6 +37,7 @@ use parking_lot::{Mutex, RwLock};
 use qsfs_zstor::id::MetadId;
 use rows::{Fill, Rows};
 use serde::{Deserialize, Serialize};
+use snapshot::Meta;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -64,6 +65,9 @@ pub enum MachineError {
         #[source]
         source: std::io::Error,
     },
+    /// An entry that this program does not know.
+    #[error("nothing is applied any more: {0}")]
+    Unknown(String),
     /// A snapshot does not verify.
     #[error("snapshot {path} is damaged: {reason}", path = path.display())]
     Snapshot {
@@ -103,6 +107,10 @@ pub struct RaftRow {
     /// Newest membership.
     pub membership: StoredMembership,
 }
+
+/// A state made from a snapshot, not in use yet.
+#[derive(Debug)]
+pub struct Prepared(Rows);
 
 struct Current {
     kv: Rows,
@@ -191,7 +199,8 @@ impl Machine {
     ) -> Result<Self, MachineError> {
         let ground = Ground::real();
         let state = make_dirs(&ground, dir)?;
-        let kv = load_generation(&ground, &state, 0, backup)?;
+        let kv = load_generation(&ground, &state, 0, backup, |_| Ok(()))?;
+        make_current(&ground, &state, &kv)?;
         let mut changes = State::new(&kv);
         changes.begin_again(member)?;
         let (mut batch, _) = changes.into_changes();
@@ -203,27 +212,50 @@ impl Machine {
         Self::open(dir)
     }
 
-    /// Rebuilds the state from the newest snapshot, if there is one at or after `purged`: the log can do the rest.
-    pub fn catch_up_from_snapshot(&self, purged: LogId) -> Result<(), MachineError> {
+    /// A state that is older than the newest snapshot, which a crash while one was being installed leaves, is made anew from that. The
+    /// log, of which everything up to `purged` is gone, must be able to do the rest.
+    pub fn catch_up(&self, purged: Option<LogId>) -> Result<(), MachineError> {
         let media = &*self.shared.ground.media;
-        let newest = snapshot::newest(media, &self.shared.dir)?;
-        match newest {
-            Some(path) if snapshot::read_meta(media, &path)?.last_log_id >= Some(purged) => {
-                self.load(&path)
+        let applied = self.raft_row().applied;
+        if let Some(path) = snapshot::newest(media, &self.shared.dir)? {
+            let meta = snapshot::read_meta(media, &path)?;
+            if meta.last_log_id > applied && meta.last_log_id >= purged {
+                tracing::warn!(
+                    applied = applied.map_or(0, |id| id.index), snapshot = %path.display(),
+                    "the state is older than the newest snapshot; it is made anew from that"
+                );
+                return self.install(self.prepare(&path, &meta)?);
             }
-            _ => Err(MachineError::Snapshot {
-                path: self.shared.dir.join("snapshot"),
-                reason: format!(
-                    "the state is older than the log, which begins after {purged}, and no snapshot closes the gap"
-                ),
-            }),
         }
+        let Some(purged) = purged.filter(|purged| applied.map(|id| id.index) < Some(purged.index))
+        else {
+            return Ok(());
+        };
+        Err(MachineError::Snapshot {
+            path: self.shared.dir.join("snapshot"),
+            reason: format!(
+                "the state is older than the log, which begins after {purged}, and no snapshot closes the gap"
+            ),
+        })
     }
 
     /// Reads under one consistent view. Keep it short: apply waits.
     pub fn read<T>(&self, read: impl FnOnce(&State<&Rows>) -> T) -> T {
         let current = self.shared.current.read();
         read(&State::new(&current.kv))
+    }
+
+    /// Where it is.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.shared.dir
+    }
+
+    /// Removes what is left of snapshots that were received and of states that were made of them and are not in use.
+    pub(crate) fn tidy(&self) -> Result<(), MachineError> {
+        let ground = &self.shared.ground;
+        snapshot::remove_incoming(&*ground.media, &self.shared.dir)?;
+        let state = self.shared.dir.join("state");
+        remove_other_generations(ground, &state, &self.shared.current.read().kv)
     }
 
     /// What it stands on.
@@ -276,6 +308,7 @@ impl Machine {
         }
         // Only this function writes, and openraft calls it from one task: reading before the write lock is safe.
         let applier = &*self.shared.ground.applier;
+        let program = self.shared.ground.program;
         let mut history = Vec::new();
         let (batch, touched, raft, responses) = {
             let current = self.shared.current.read();
@@ -285,6 +318,7 @@ impl Machine {
             let mut responses = Vec::with_capacity(entries.len());
             for entry in entries {
                 let id = *entry.get_log_id();
+                program.check(&entry).map_err(MachineError::Unknown)?;
                 raft.applied = Some(id);
                 responses.push(match entry.payload {
                     EntryPayload::Blank => Response(None),
@@ -345,12 +379,34 @@ impl Machine {
         Ok(kv.flush()?)
     }
 
-    /// Replaces the whole state by a snapshot.
-    fn load(&self, path: &Path) -> Result<(), MachineError> {
+    /// Makes a state out of a snapshot, aside: nothing of what is in use changes. The snapshot is read whole; one that does not verify
+    /// or is another than the announced one is an error and leaves nothing.
+    pub fn prepare(&self, path: &Path, meta: &Meta) -> Result<Prepared, MachineError> {
         let state = self.shared.dir.join("state");
         let generation = self.shared.current.read().kv.generation() + 1;
         let ground = &self.shared.ground;
-        let kv = load_generation(ground, &state, generation, path)?;
+        let announced = |found: &Meta| {
+            let right = found.last_log_id == meta.last_log_id;
+            let reason = "it is not the announced snapshot".into();
+            let path = path.to_owned();
+            let wrong = MachineError::Snapshot { path, reason };
+            right.then_some(()).ok_or(wrong)
+        };
+        let kv = load_generation(ground, &state, generation, path, announced);
+        if kv.is_err() {
+            let dir = Rows::dir(&state, generation);
+            if let Err(error) = ground.stores.remove(&dir) {
+                tracing::warn!(%error, dir = %dir.display(), "what was begun of a state is not removed");
+            }
+        }
+        Ok(Prepared(kv?))
+    }
+
+    /// Replaces the whole state by one made from a snapshot.
+    fn install(&self, Prepared(kv): Prepared) -> Result<(), MachineError> {
+        let state = self.shared.dir.join("state");
+        let ground = &self.shared.ground;
+        make_current(ground, &state, &kv)?;
         let raft = load_raft_row(&kv)?;
         let applied = raft.applied.map_or(0, |id| id.index);
         let old = {
@@ -398,20 +454,27 @@ fn open_generation(
     Ok(Current { kv, raft })
 }
 
-/// Fills a new directory from a snapshot, makes it durable, and makes it the current one.
+/// Fills a new directory from a snapshot that is the right one, and makes it durable.
 fn load_generation(
     ground: &Ground,
     state: &Path,
     generation: u64,
     path: &Path,
+    right: impl FnOnce(&Meta) -> Result<(), MachineError>,
 ) -> Result<Rows, MachineError> {
     fill_generation(ground, state, generation, |kv| {
-        snapshot::read_rows(&*ground.media, path, |batch| match kv.commit(batch) {
+        let load = |batch| match kv.commit(batch) {
             Fill::Room => Ok(()),
             Fill::Due | Fill::Full => kv.relieve(),
-        })?;
-        Ok(())
+        };
+        right(&snapshot::read_rows(&*ground.media, path, load)?)
     })
+}
+
+fn make_current(ground: &Ground, state: &Path, kv: &Rows) -> Result<(), MachineError> {
+    let current = state.join("current");
+    durable::store(&*ground.media, &current, &kv.generation())?;
+    Ok(())
 }
 
 fn fill_generation(
@@ -430,7 +493,6 @@ fn fill_generation(
     let kv = Rows::open(stores, state, generation)?;
     fill(&kv)?;
     kv.flush()?;
-    durable::store(&*ground.media, &state.join("current"), &generation)?;
     Ok(kv)
 }
 
@@ -449,13 +511,10 @@ fn rebuild(ground: &Ground, dir: &Path, generation: u64) -> Result<Current, Mach
         .map_err(MachineError::io("set aside", &damaged))?;
     let next = generation + 1;
     let kv = match snapshot::newest(&*ground.media, dir)? {
-        Some(path) => load_generation(ground, &state, next, &path)?,
-        None => {
-            let kv = Rows::open(stores, &state, next)?;
-            durable::store(&*ground.media, &state.join("current"), &next)?;
-            kv
-        }
+        Some(path) => load_generation(ground, &state, next, &path, |_| Ok(()))?,
+        None => Rows::open(stores, &state, next)?,
     };
+    make_current(ground, &state, &kv)?;
     let raft = load_raft_row(&kv)?;
     Ok(Current { kv, raft })
 }

@@ -10,6 +10,7 @@
 pub mod admission;
 pub mod agents;
 pub mod bare;
+pub mod bounding;
 pub mod consensus;
 pub mod datadir;
 pub mod facts;
@@ -17,6 +18,7 @@ pub mod freshness;
 pub mod leader;
 pub mod members;
 pub mod network;
+pub mod receiving;
 mod renewal;
 mod room;
 
@@ -27,12 +29,12 @@ pub mod status;
 pub mod vigil;
 pub mod watch;
 
-use crate::ground::{self, Ground, Sizes};
+use crate::ground::{self, Ground};
 use crate::log::LogError;
 use crate::log::gate::Gated;
 use crate::log::storage::LogStore;
 use crate::machine::{Machine, MachineError};
-use crate::raft::{LogId, Raft};
+use crate::raft::Raft;
 use consensus::Consensus;
 use datadir::{DataDir, NodeFile};
 use facts::NodeFacts;
@@ -59,10 +61,6 @@ const HEARTBEAT_MS: u64 = 150;
 /// A follower asks for votes after silence of the second (openraft's lease of a leader) and a time between the two, drawn at
 /// its start: 750 to 900 ms, five missed heartbeats at least, so that a dead leader is replaced within about a second.
 const ELECTION_MS: (u64, u64) = (300, 450);
-/// Log bytes after which a snapshot is taken: entries that carry many proposals are large.
-const SNAPSHOT_BYTES: u64 = 64 << 20;
-/// Between two looks at them.
-const SNAPSHOT_LOOK: std::time::Duration = std::time::Duration::from_secs(1);
 /// Between two looks whether Raft has stopped.
 const STOPPED_LOOK: std::time::Duration = std::time::Duration::from_millis(100);
 
@@ -175,8 +173,8 @@ pub enum NodeError {
     Raft(String),
     /// No room for what must be durable.
     #[error(
-        "the disk of {path} is full ({reason}): make room on it and start this metad again with `qsfs metad serve`; it then catches up by \
-         itself, and nothing that it acknowledged is lost", path = path.display()
+        "the disk of {path} is full ({reason}): make room on it; this metad then begins anew (`qsfs metad serve` by itself) and catches up, \
+         and nothing that it acknowledged is lost", path = path.display()
     )]
     Full {
         /// Data directory.
@@ -194,18 +192,19 @@ pub(crate) struct Core {
     pub(crate) log: LogStore,
 }
 
-pub(crate) fn raft_config(sizes: &Sizes) -> Arc<Config> {
+pub(crate) fn raft_config() -> Arc<Config> {
     let config = Config {
         cluster_name: "qsfs".into(),
         heartbeat_interval: HEARTBEAT_MS,
         election_timeout_min: ELECTION_MS.0,
         election_timeout_max: ELECTION_MS.1,
-        install_snapshot_timeout: 10_000,
+        install_snapshot_timeout: u64::try_from(network::SNAPSHOT_READ.as_millis())
+            .unwrap_or(u64::MAX),
         max_payload_entries: 256,
-        snapshot_policy: SnapshotPolicy::LogsSinceLast(sizes.snapshot_entries),
+        // Both are `bounding`'s.
+        snapshot_policy: SnapshotPolicy::Never,
+        max_in_snapshot_log_to_keep: u64::MAX,
         snapshot_max_chunk_size: network::SNAPSHOT_CHUNK_BYTES,
-        max_in_snapshot_log_to_keep: sizes.kept_entries,
-        purge_batch_size: 256,
         ..Config::default()
     };
     Arc::new(config.validate().expect("the constants above agree"))
@@ -297,8 +296,8 @@ pub(crate) async fn start_on(
     let log = log.of_node(id.0);
     let raft = Raft::new(
         id.0,
-        raft_config(&ground.sizes),
-        Outbound::new(network.clone(), log.clone()),
+        raft_config(),
+        Outbound::new(network.clone(), log.clone(), machine.clone()),
         log.clone(),
         Gated::new(machine.clone(), log.clone()),
     )
@@ -339,13 +338,9 @@ fn open(
             expected: cluster,
         });
     }
-    let index = |id: Option<LogId>| id.map(|id| id.index);
-    let (purged, _) = log.bounds();
-    if let Some(purged) = purged
-        && index(machine.raft_row().applied) < Some(purged.index)
-    {
-        tracing::warn!(%purged, "the state is older than the log; going back to the newest snapshot");
-        machine.catch_up_from_snapshot(purged)?;
+    machine.catch_up(log.bounds().0)?;
+    if let Some(applied) = machine.raft_row().applied {
+        log.void_other_than(applied)?;
     }
     Ok((log, machine))
 }
@@ -386,8 +381,11 @@ async fn run_on(
     let stop = shutdown.child_token();
     let clock = Arc::clone(&core.machine.ground().clock);
     let expires_ms = identity.expires_ms()?;
-    core.network
-        .set_own_facts(NodeFacts::of_this_program(clock.now_ms(), expires_ms));
+    core.network.set_own_facts(NodeFacts::of(
+        core.machine.ground().program,
+        clock.now_ms(),
+        expires_ms,
+    ));
     let about = core.network.clone();
     let backing_up = tokio::spawn(crate::backup::run(
         core.machine.clone(),
@@ -457,7 +455,12 @@ impl Running {
         );
         Self {
             leader: tokio::spawn(leading),
-            bounding: tokio::spawn(bound_log(core.raft.clone(), core.log.clone(), stop.clone())),
+            bounding: tokio::spawn(bounding::run(
+                core.raft.clone(),
+                core.log.clone(),
+                core.machine.clone(),
+                stop.clone(),
+            )),
             service: Arc::new(Service::new(
                 consensus.clone(),
                 Arc::clone(&soft),
@@ -509,26 +512,6 @@ async fn serve(
         tracing::warn!(%error, "the task that bounds the log failed");
     }
     ended
-}
-
-/// Takes a snapshot, which lets the log be cut, whenever so many bytes were appended; [`Sizes::snapshot_entries`] is openraft's to watch.
-async fn bound_log(raft: Raft, log: LogStore, stop: CancellationToken) {
-    let mut snapshot_at = 0;
-    loop {
-        tokio::select! {
-            () = tokio::time::sleep(SNAPSHOT_LOOK) => {}
-            () = stop.cancelled() => return,
-        }
-        let appended = log.appended_bytes();
-        if appended - snapshot_at < SNAPSHOT_BYTES {
-            continue;
-        }
-        snapshot_at = appended;
-        if let Err(error) = raft.trigger().snapshot().await {
-            tracing::warn!(%error, "no snapshot was begun");
-            return;
-        }
-    }
 }
 
 /// Returns when the node cannot go on, which a failed disk makes it do; with why.

@@ -7,7 +7,8 @@ use super::watch::Watch;
 use crate::metad::final_state::FinalState;
 use crate::metad::history::{Clock, Recorder};
 use parking_lot::Mutex;
-use qsfs_metad::ground::{Ground, Sizes, WallClock};
+use qsfs_metad::ground::{Ground, Program, Sizes, WallClock};
+use qsfs_metad::log::segments::Amount;
 use qsfs_metad::machine::Machine;
 use qsfs_metad::node::consensus::Consensus;
 use qsfs_proto::ca::CertificateAuthority;
@@ -30,8 +31,12 @@ const EPOCH_MS: u64 = 1_700_000_000_000;
 /// Sizes that make a run of seconds see many segments and snapshots.
 const SIZES: Sizes = Sizes {
     segment_bytes: 32 << 10,
-    snapshot_entries: 120,
-    kept_entries: 20,
+    snapshot_cost_min: 160 << 10,
+    snapshot_cost_max: 1 << 20,
+    kept: Amount {
+        entries: 20,
+        bytes: 64 << 10,
+    },
 };
 
 /// What becomes of one message.
@@ -278,6 +283,7 @@ impl World {
                 node,
             }),
             sizes: SIZES,
+            program: Program::default(),
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::LogError;
 use crate::durable;
+use crate::ground::{Program, unknown_entry};
 use crate::raft::{LogEntry, LogId, Vote};
 use openraft::RaftLogId;
 use qsfs_zdb::datafile::{
@@ -34,7 +35,23 @@ struct Slot {
     segment: u64,
     offset: u64,
     bytes: u32,
+    /// Encoded bytes of the entries since the log was opened up to this one, which counts: what lies between two is a difference.
+    reached: u64,
     id: LogId,
+}
+
+/// So much of the log.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Amount {
+    /// Entries.
+    pub entries: u64,
+    /// Their encoded bytes.
+    pub bytes: u64,
+}
+
+/// Bytes of the entries up to the newest.
+fn reached(slots: &BTreeMap<u64, Slot>) -> u64 {
+    slots.last_key_value().map_or(0, |(_, slot)| slot.reached)
 }
 
 #[derive(Debug, Default)]
@@ -86,12 +103,17 @@ pub struct Segments {
     cache: Cache,
     purged: Option<LogId>,
     segment_bytes: u64,
-    appended_bytes: u64,
+    program: Program,
 }
 
 impl Segments {
-    /// Opens or creates the log of a directory.
-    pub fn open(media: Arc<dyn Media>, dir: &Path, segment_bytes: u64) -> Result<Self, LogError> {
+    /// Opens or creates the log of a directory, whose entries this program must know.
+    pub fn open(
+        media: Arc<dyn Media>,
+        dir: &Path,
+        segment_bytes: u64,
+        program: Program,
+    ) -> Result<Self, LogError> {
         let io = |step| {
             move |source| LogError::Io {
                 step,
@@ -113,7 +135,7 @@ impl Segments {
         let mut active = None;
         for id in &ids {
             let last = Some(id) == ids.last();
-            match open_segment(&media, dir, *id, &mut slots) {
+            match open_segment(&media, dir, *id, program, &mut slots) {
                 Ok(datafile) if last => active = Some(datafile),
                 Ok(datafile) => {
                     sealed.insert(*id, datafile.reader());
@@ -154,13 +176,42 @@ impl Segments {
             cache: Cache::default(),
             purged,
             segment_bytes,
-            appended_bytes: 0,
+            program,
         })
     }
 
-    /// Encoded bytes appended since it was opened.
-    pub fn appended_bytes(&self) -> u64 {
-        self.appended_bytes
+    /// How much lies behind one index, up to another.
+    pub fn amount(&self, behind: Option<u64>, upto: u64) -> Amount {
+        let newest = |upto: u64| self.slots.range(..=upto).next_back();
+        let Some((last, end)) = newest(upto) else {
+            return Amount::default();
+        };
+        let begin = match behind.and_then(newest) {
+            Some((index, slot)) => (*index, slot.reached),
+            None => {
+                let first = self.slots.first_key_value();
+                first.map_or((0, 0), |(index, slot)| {
+                    let before = slot.reached - u64::from(slot.bytes);
+                    (index.saturating_sub(1), before)
+                })
+            }
+        };
+        Amount {
+            entries: last.saturating_sub(begin.0),
+            bytes: end.reached.saturating_sub(begin.1),
+        }
+    }
+
+    /// The newest index up to which all may be purged, if of the entries up to `upto` as many are kept as `kept` allows in both of its
+    /// numbers.
+    pub fn purgeable(&self, upto: u64, kept: Amount) -> Option<u64> {
+        let (newest, end) = self.slots.range(..=upto).next_back()?;
+        let mut there = self.slots.range(..=upto).rev();
+        let gone = there.find(|(index, slot)| {
+            let before = slot.reached - u64::from(slot.bytes);
+            newest - **index >= kept.entries || end.reached - before > kept.bytes
+        });
+        gone.map(|(index, _)| *index)
     }
 
     /// Appends entries; they are readable at once and durable after the returned handle was synced.
@@ -198,14 +249,16 @@ impl Segments {
             .collect();
         let offsets = self.active.append_batch(&frames)?;
         let segment = self.active.header().id;
+        let mut reached = reached(&self.slots);
         for ((entry, body), offset) in entries.into_iter().zip(offsets) {
             let id = *entry.get_log_id();
             let bytes = u32::try_from(body.len()).expect("frames are at most 64 MiB");
-            self.appended_bytes += u64::from(bytes);
+            reached += u64::from(bytes);
             let slot = Slot {
                 segment,
                 offset,
                 bytes,
+                reached,
                 id,
             };
             self.slots.insert(id.index, slot);
@@ -291,6 +344,7 @@ impl Segments {
             &segment_path(&self.dir, slot.segment),
             slot.offset,
             &frame.payload,
+            self.program,
         )
     }
 
@@ -361,13 +415,14 @@ fn open_segment(
     media: &Arc<dyn Media>,
     dir: &Path,
     id: u64,
+    program: Program,
     slots: &mut BTreeMap<u64, Slot>,
 ) -> Result<Datafile, LogError> {
     let path = segment_path(dir, id);
     let mut trouble = None;
     let mut visit = |frame: FrameView<'_>| {
         if trouble.is_none()
-            && let Err(error) = replay(&path, id, frame, slots)
+            && let Err(error) = replay(&path, id, frame, program, slots)
         {
             trouble = Some(error);
         }
@@ -409,7 +464,7 @@ pub fn inspect(media: &Arc<dyn Media>, dir: &Path) -> Result<Vec<(PathBuf, Strin
         let mut slots = BTreeMap::new();
         let mut trouble = None;
         let mut visit = |frame: FrameView<'_>| {
-            if let Err(error) = replay(&path, id, frame, &mut slots) {
+            if let Err(error) = replay(&path, id, frame, Program::default(), &mut slots) {
                 trouble.get_or_insert(error);
             }
         };
@@ -449,6 +504,7 @@ fn replay(
     path: &Path,
     segment: u64,
     frame: FrameView<'_>,
+    program: Program,
     slots: &mut BTreeMap<u64, Slot>,
 ) -> Result<(), LogError> {
     let bad = |reason: String| LogError::Frame {
@@ -458,12 +514,14 @@ fn replay(
     };
     match frame.kind {
         KIND_ENTRY => {
-            let id = *decode(path, frame.offset, frame.payload)?.get_log_id();
+            let id = *decode(path, frame.offset, frame.payload, program)?.get_log_id();
             slots.split_off(&id.index);
+            let bytes = u32::try_from(frame.payload.len()).map_err(|e| bad(e.to_string()))?;
             let slot = Slot {
                 segment,
                 offset: frame.offset,
-                bytes: u32::try_from(frame.payload.len()).map_err(|e| bad(e.to_string()))?,
+                bytes,
+                reached: reached(slots) + u64::from(bytes),
                 id,
             };
             slots.insert(id.index, slot);
@@ -480,7 +538,12 @@ fn replay(
     Ok(())
 }
 
-pub(super) fn decode(path: &Path, offset: u64, payload: &[u8]) -> Result<LogEntry, LogError> {
+pub(super) fn decode(
+    path: &Path,
+    offset: u64,
+    payload: &[u8],
+    program: Program,
+) -> Result<LogEntry, LogError> {
     let bad = |reason: String| LogError::Frame {
         path: path.to_owned(),
         offset,
@@ -489,15 +552,12 @@ pub(super) fn decode(path: &Path, offset: u64, payload: &[u8]) -> Result<LogEntr
     match payload.split_first() {
         Some((&ENTRY_VERSION, body)) => {
             // The frame verified: nobody harmed it, somebody newer wrote it.
-            postcard::from_bytes(body).map_err(|error| {
-                bad(format!(
-                    "an entry that this program does not know ({error}): start the newer program that wrote it; nothing is given up"
-                ))
-            })
+            let decoded = postcard::from_bytes(body);
+            let entry = decoded.map_err(|error| bad(unknown_entry(&error.to_string())))?;
+            program.check(&entry).map_err(bad)?;
+            Ok(entry)
         }
-        Some((version, _)) => Err(bad(format!(
-            "entry version {version} is unknown: start the newer program that wrote it; nothing is given up"
-        ))),
+        Some((version, _)) => Err(bad(unknown_entry(&format!("its version is {version}")))),
         None => Err(bad("an empty entry".into())),
     }
 }

@@ -30,7 +30,7 @@
 //! sends no more heartbeats ([`Silent`]), and the others elect one of them.
 
 use super::LogError;
-use super::segments::Segments;
+use super::segments::{Amount, Segments};
 use super::syncer::Syncer;
 use super::watermark::Watermark;
 use crate::durable;
@@ -78,7 +78,7 @@ impl LogStore {
     /// Opens or creates the log of a directory.
     pub fn open(ground: &Ground, dir: &Path) -> Result<Self, LogError> {
         let media = Arc::clone(&ground.media);
-        let segments = Segments::open(media, dir, ground.sizes.segment_bytes)?;
+        let segments = Segments::open(media, dir, ground.sizes.segment_bytes, ground.program)?;
         let (_, last) = segments.bounds();
         let watermark = Watermark::new(last.map_or(0, |last| last.index + 1));
         let started = Syncer::start(watermark.clone(), &ground.work);
@@ -167,9 +167,29 @@ impl LogStore {
         }
     }
 
-    /// Encoded bytes appended since it was opened.
-    pub fn appended_bytes(&self) -> u64 {
-        self.segments.lock().appended_bytes()
+    /// Voids what this log holds in the place of an applied entry and behind it: a crash took back that it was voided before the state
+    /// came from a snapshot. What is applied was agreed on, so nothing else was in its place.
+    pub fn void_other_than(&self, applied: LogId) -> Result<(), LogError> {
+        let mut segments = self.segments.lock();
+        let other = segments
+            .id_at(applied.index)
+            .filter(|held| *held != applied);
+        if let Some(held) = other {
+            tracing::warn!(%held, %applied, "entries that were not agreed on are voided once more");
+            segments.truncate(applied.index)?;
+            self.watermark.cut(applied.index);
+        }
+        Ok(())
+    }
+
+    /// How much lies behind one index, up to another.
+    pub fn amount(&self, behind: Option<u64>, upto: u64) -> Amount {
+        self.segments.lock().amount(behind, upto)
+    }
+
+    /// The newest index up to which all may be purged if so much of what stands up to `upto` is kept.
+    pub fn purgeable(&self, upto: u64, kept: Amount) -> Option<u64> {
+        self.segments.lock().purgeable(upto, kept)
     }
 
     /// Last purged and last present id.

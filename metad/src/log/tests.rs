@@ -6,7 +6,8 @@ mod hanging;
 mod leading;
 
 use super::LogError;
-use super::segments::Segments;
+use super::segments::{Amount, Segments};
+use crate::ground::Program;
 use crate::raft::{LogEntry, LogId};
 use crate::state::command::{Command, Entry};
 use openraft::{CommittedLeaderId, EntryPayload, RaftLogId};
@@ -33,7 +34,7 @@ fn entry(term: u64, index: u64) -> LogEntry {
 }
 
 fn open(media: &Arc<dyn Media>, dir: &Path) -> Segments {
-    Segments::open(Arc::clone(media), dir, SEGMENT_BYTES).unwrap()
+    Segments::open(Arc::clone(media), dir, SEGMENT_BYTES, Program::default()).unwrap()
 }
 
 #[derive(Debug, Clone)]
@@ -96,7 +97,30 @@ proptest! {
             let ids: Vec<_> = log.read(0, u64::MAX, u64::MAX).unwrap().iter().map(|e| *e.get_log_id()).collect();
             prop_assert_eq!(&ids, &model);
             prop_assert_eq!(log.bounds(), (purged, model.last().copied().or(purged)));
+            if let Some(last) = model.last() {
+                let from = &model[model.len() / 2];
+                prop_assert_eq!(log.amount(Some(from.index), last.index), amount(&model[model.len() / 2 + 1..]));
+                prop_assert_eq!(log.amount(purged.map(|id| id.index), last.index).bytes, amount(&model).bytes);
+                let kept = Amount { entries: 3, bytes: 100 };
+                let gone = (0..model.len()).rev().find(|at| {
+                    let there = amount(&model[*at..]);
+                    there.entries > kept.entries || there.bytes > kept.bytes
+                });
+                prop_assert_eq!(log.purgeable(last.index, kept), gone.map(|at| model[at].index));
+            }
         }
+    }
+}
+
+/// What these entries are, encoded.
+fn amount(ids: &[LogId]) -> Amount {
+    let encoded = ids.iter().map(|id| {
+        let entry = entry(id.leader_id.term, id.index);
+        postcard::to_extend(&entry, vec![0]).unwrap().len()
+    });
+    Amount {
+        entries: u64::try_from(ids.len()).unwrap(),
+        bytes: u64::try_from(encoded.sum::<usize>()).unwrap(),
     }
 }
 
@@ -121,7 +145,8 @@ fn purging_deletes_whole_segments_and_only_those_that_nothing_needs() {
 fn a_torn_tail_is_cut_but_damage_before_it_refuses_to_open() {
     let dir = tempfile::tempdir().unwrap();
     let media: Arc<dyn Media> = Arc::new(DiskMedia);
-    let mut log = Segments::open(Arc::clone(&media), dir.path(), 1 << 20).unwrap();
+    let mut log =
+        Segments::open(Arc::clone(&media), dir.path(), 1 << 20, Program::default()).unwrap();
     for index in 0..20 {
         log.append(vec![entry(1, index)]).unwrap().sync().unwrap();
     }
@@ -139,7 +164,7 @@ fn a_torn_tail_is_cut_but_damage_before_it_refuses_to_open() {
     let mut rotten = whole;
     rotten[400] ^= 1;
     std::fs::write(&path, rotten).unwrap();
-    let error = Segments::open(media, dir.path(), SEGMENT_BYTES).unwrap_err();
+    let error = Segments::open(media, dir.path(), SEGMENT_BYTES, Program::default()).unwrap_err();
     assert!(matches!(error, LogError::Damaged { .. }), "{error}");
 }
 
@@ -161,15 +186,15 @@ fn an_entry_of_a_newer_program_is_refused_with_what_to_do_and_is_no_damage() {
     let known = entry(1, 7);
     let mut body = postcard::to_extend(&known, vec![1]).unwrap();
     let path = Path::new("x.log");
-    let decoded = super::segments::decode(path, 0, &body).unwrap();
+    let decoded = super::segments::decode(path, 0, &body, Program::default()).unwrap();
     assert_eq!(decoded.log_id, known.log_id);
     // The command is what comes last: its variant, then an empty list.
     let variant = body.len() - 2;
     assert_eq!(body[variant], 2, "SetVerdicts");
     body[variant] = 99;
-    let unknown = super::segments::decode(path, 0, &body).unwrap_err();
+    let unknown = super::segments::decode(path, 0, &body, Program::default()).unwrap_err();
     body[0] = 2;
-    let newer = super::segments::decode(path, 0, &body).unwrap_err();
+    let newer = super::segments::decode(path, 0, &body, Program::default()).unwrap_err();
     for error in [unknown, newer] {
         assert!(matches!(&error, LogError::Frame { .. }), "{error}");
         assert!(

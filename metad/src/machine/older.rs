@@ -13,7 +13,7 @@ const COPY_ROWS: usize = 4_096;
 pub(super) fn copy(ground: &Ground, state: &Path, generation: u64) -> Result<Rows, MachineError> {
     let old = ground.stores.open(&Rows::dir(state, generation))?;
     old.verify()?;
-    super::fill_generation(ground, state, generation + 1, |kv| {
+    let copied = super::fill_generation(ground, state, generation + 1, |kv| {
         let mut batch = Batch::new();
         mover::scan(old.as_ref(), &[], |key, value| {
             batch.insert(RowKey::from_slice(key), Some(value.to_vec()));
@@ -24,5 +24,7 @@ pub(super) fn copy(ground: &Ground, state: &Path, generation: u64) -> Result<Row
         })?;
         kv.commit(batch);
         Ok(())
-    })
+    })?;
+    super::make_current(ground, state, &copied)?;
+    Ok(copied)
 }

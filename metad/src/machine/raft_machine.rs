@@ -38,7 +38,40 @@ impl Machine {
             snapshot::write(&*self.shared.ground.media, &self.shared.dir, meta, page)
         })?;
         self.flush()?;
+        // What was just written with its hash is believed until somebody doubts it: reading it again would keep applies waiting.
+        *self.shared.verified.lock() = Some(path.clone());
         Ok(path)
+    }
+
+    /// A file for a snapshot to be received; of what was received before nothing is left.
+    pub fn receive(&self) -> Result<SnapshotFile, MachineError> {
+        let mut incoming = self.shared.incoming.lock();
+        let (ground, dir) = (&self.shared.ground, &self.shared.dir);
+        snapshot::remove_incoming(&*ground.media, dir)?;
+        *incoming += 1;
+        SnapshotFile::create(ground, dir, *incoming)
+    }
+
+    /// Gives a received snapshot that was read whole its name; answers with its path.
+    pub fn accept(
+        &self,
+        part: &std::path::Path,
+        meta: &Meta,
+    ) -> Result<std::path::PathBuf, MachineError> {
+        let media = &*self.shared.ground.media;
+        let path = snapshot::accept(media, &self.shared.dir, part, meta)?;
+        *self.shared.verified.lock() = Some(path.clone());
+        Ok(path)
+    }
+
+    /// A peer says that the snapshot it was sent is damaged: it is read whole before it is sent again.
+    pub fn doubt_snapshot(&self) {
+        *self.shared.verified.lock() = None;
+    }
+
+    /// Bytes of the newest snapshot; none without one.
+    pub fn snapshot_bytes(&self) -> Result<u64, MachineError> {
+        snapshot::newest_bytes(&*self.shared.ground.media, &self.shared.dir)
     }
 
     /// Copies the state while applies go on, in a snapshot's format, to a file of one's own.
@@ -78,16 +111,16 @@ impl Machine {
         })
     }
 
-    /// The newest snapshot. It is read whole before it is handed out for the first time: one that is damaged is not sent to
-    /// others, which it would stop, but made anew from the state.
+    /// The newest snapshot. One that this process did not write, or that is in doubt, is read whole before it is handed out: one that is
+    /// damaged is not sent to others but made anew from the state.
     fn sound_snapshot(&self) -> Result<Option<Snapshot<TypeConfig>>, MachineError> {
         let ground = &self.shared.ground;
         let media = &*ground.media;
         let Some(mut path) = snapshot::newest(media, &self.shared.dir)? else {
             return Ok(None);
         };
-        let mut verified = self.shared.verified.lock();
-        if verified.as_ref() != Some(&path) {
+        let known = self.shared.verified.lock().clone();
+        if known.as_ref() != Some(&path) {
             match snapshot::read_rows(media, &path, |_| Ok(())) {
                 Err(error @ MachineError::Snapshot { .. }) => {
                     tracing::error!(%error, "a snapshot is damaged and not used; it is made anew from the state");
@@ -98,7 +131,7 @@ impl Machine {
                 }
                 read => drop(read?),
             }
-            *verified = Some(path.clone());
+            *self.shared.verified.lock() = Some(path.clone());
         }
         snapshot::as_snapshot(ground, &path).map(Some)
     }
@@ -162,12 +195,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn begin_receiving_snapshot(&mut self) -> Result<Box<SnapshotFile>, StorageError> {
-        let number = {
-            let mut incoming = self.shared.incoming.lock();
-            *incoming += 1;
-            *incoming
-        };
-        let file = SnapshotFile::create(&self.shared.ground, &self.shared.dir, number);
+        let file = self.receive();
         file.map(Box::new).map_err(|error| failed(&error))
     }
 
@@ -176,12 +204,17 @@ impl RaftStateMachine<TypeConfig> for Machine {
         meta: &Meta,
         snapshot: Box<SnapshotFile>,
     ) -> Result<(), StorageError> {
+        let mut snapshot = snapshot;
+        let prepared = snapshot.take_prepared();
         let part = snapshot.finish().await.map_err(|error| failed(&error))?;
         let (machine, meta) = (self.clone(), meta.clone());
         blocking(self, move || {
-            let media = &*machine.shared.ground.media;
-            let path = snapshot::accept(media, &machine.shared.dir, &part, &meta)?;
-            machine.load(&path)
+            let prepared = match prepared {
+                Some(prepared) => prepared,
+                None => machine.prepare(&part, &meta)?,
+            };
+            machine.accept(&part, &meta)?;
+            machine.install(prepared)
         })
         .await
     }

@@ -8,7 +8,7 @@
 //!
 //! Little-endian. Written under a temporary name, synced, renamed: a file with a snapshot's name is complete.
 
-use super::MachineError;
+use super::{MachineError, Prepared};
 use crate::ground::{self, Ground, Work};
 use crate::raft::TypeConfig;
 use crate::state::kv::{Batch, KvError, Pair, RowKey};
@@ -34,6 +34,7 @@ const ROW_BYTES_MAX: u32 = 64 << 20;
 /// Rows loaded in one batch.
 const LOAD_ROWS: usize = 1_024;
 const UNFINISHED: &str = "part";
+const INCOMING: &str = "incoming-";
 /// Read or written at once where a whole file is.
 const BUFFER_BYTES: usize = 256 << 10;
 
@@ -46,6 +47,8 @@ pub struct SnapshotFile {
     file: Arc<dyn MediaFile>,
     work: Arc<dyn Work>,
     position: u64,
+    /// The state that was made from it.
+    prepared: Option<Prepared>,
     /// The one read or write under way; in a lock only because openraft wants the file to be shareable.
     busy: Mutex<Option<BoxFuture<'static, io::Result<Vec<u8>>>>>,
 }
@@ -63,6 +66,7 @@ impl SnapshotFile {
             file: file.into(),
             work: Arc::clone(&ground.work),
             position: 0,
+            prepared: None,
             busy: Mutex::default(),
         }
     }
@@ -78,9 +82,21 @@ impl SnapshotFile {
     pub fn create(ground: &Ground, dir: &Path, number: u64) -> Result<Self, MachineError> {
         let path = dir
             .join("snapshot")
-            .join(format!("incoming-{number}.{UNFINISHED}"));
+            .join(format!("{INCOMING}{number}.{UNFINISHED}"));
         let file = create(&*ground.media, &path)?;
         Ok(Self::new(ground, &path, file))
+    }
+
+    /// A received one from which a state was made already.
+    pub fn prepared(ground: &Ground, path: &Path, state: Prepared) -> Result<Self, MachineError> {
+        let mut file = Self::open(ground, path)?;
+        file.prepared = Some(state);
+        Ok(file)
+    }
+
+    /// That state, if there is one.
+    pub fn take_prepared(&mut self) -> Option<Prepared> {
+        self.prepared.take()
     }
 
     /// Where it is.
@@ -319,20 +335,13 @@ fn length(bytes: &[u8]) -> u32 {
     u32::try_from(bytes.len()).expect("rows are far below 4 GiB")
 }
 
-/// Verifies a received file and gives it its name; returns its path.
+/// Gives a received file, which was verified, its name; returns its path.
 pub fn accept(
     media: &dyn Media,
     dir: &Path,
     part: &Path,
     meta: &Meta,
 ) -> Result<PathBuf, MachineError> {
-    let found = read_rows(media, part, |_| Ok(()))?;
-    if found.last_log_id != meta.last_log_id {
-        return Err(MachineError::Snapshot {
-            path: part.to_owned(),
-            reason: "it is not the announced snapshot".into(),
-        });
-    }
     let path = final_path(dir, meta);
     if part == path {
         return Ok(path);
@@ -413,6 +422,30 @@ pub fn finished(media: &dyn Media, dir: &Path) -> Result<Vec<PathBuf>, MachineEr
 /// The newest finished snapshot.
 pub fn newest(media: &dyn Media, dir: &Path) -> Result<Option<PathBuf>, MachineError> {
     Ok(finished(media, dir)?.pop())
+}
+
+/// Bytes of the newest finished snapshot; none without one.
+pub fn newest_bytes(media: &dyn Media, dir: &Path) -> Result<u64, MachineError> {
+    let Some(path) = newest(media, dir)? else {
+        return Ok(0);
+    };
+    let file = media.open(&path, OpenMode::Read);
+    let file = file.map_err(MachineError::io("open", &path))?;
+    file.length()
+        .map_err(MachineError::io("ask for the size of", &path))
+}
+
+/// Removes what was received of snapshots and did not become one.
+pub fn remove_incoming(media: &dyn Media, dir: &Path) -> Result<(), MachineError> {
+    for path in listed(media, dir, UNFINISHED)? {
+        let name = path.file_name().and_then(std::ffi::OsStr::to_str);
+        if name.is_some_and(|name| name.starts_with(INCOMING)) {
+            media
+                .remove(&path)
+                .map_err(MachineError::io("remove", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes what a crash left half written.

@@ -146,7 +146,9 @@ fn a_flipped_bit_in_a_snapshot_is_found_and_nothing_of_it_is_used() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     std::fs::write(&path, bytes).unwrap();
-    assert!(machine.catch_up_from_snapshot(log_id(99)).is_err());
+    let meta = snapshot::read_meta(&DiskMedia, &path).unwrap();
+    assert!(machine.prepare(&path, &meta).is_err());
+    assert!(!dir.path().join("state/00000001").exists());
     assert_eq!(machine.raft_row().applied, Some(log_id(99)));
 }
 

@@ -1,9 +1,11 @@
 //! A node without data directory and certificates, on any ground: what simulations run. From the log upwards all is as in a daemon.
 
+use super::facts::NodeFacts;
 use super::network::{Network, Way};
 use super::{Core, NodeError, Running, start_on, stopped};
 use crate::birth;
 use crate::ground::Ground;
+use crate::log::storage::LogStore;
 use crate::machine::Machine;
 use crate::node::consensus::Consensus;
 use crate::state::command::Genesis;
@@ -51,6 +53,9 @@ impl Bare {
             Network::new(Way::Over(options.dial), options.id),
         )
         .await?;
+        let started_ms = options.ground.clock.now_ms();
+        let facts = NodeFacts::of(options.ground.program, started_ms, 0);
+        core.network.set_own_facts(facts);
         let stop = CancellationToken::new();
         let running = Running::start(&core, options.authority, &stop);
         Ok(Self {
@@ -73,6 +78,11 @@ impl Bare {
     /// What answers peers.
     pub fn transport(&self) -> Arc<dyn RaftTransport> {
         self.running.inbound.clone()
+    }
+
+    /// Its log.
+    pub fn log(&self) -> &LogStore {
+        &self.core.log
     }
 
     /// Proposals and linearizable reads.

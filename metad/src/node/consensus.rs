@@ -115,7 +115,8 @@ impl Consensus {
         request: Option<Request>,
     ) -> Result<Reply, CallError> {
         let level = self.cluster_level.load(Ordering::Relaxed);
-        check_level(command.feature_level(), level).map_err(MetadError::Invalid)?;
+        check_level((self.machine.ground().program.level_of)(&command), level)
+            .map_err(MetadError::Invalid)?;
         let entry = Entry {
             time_ms: self.now_ms(),
             request,

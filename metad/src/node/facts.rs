@@ -2,6 +2,7 @@
 //! ([`super::freshness`]). As JSON, in which a program ignores what it does not know and leaves out what it cannot say.
 
 use crate::backup::BackupState;
+use crate::ground::Program;
 use serde::{Deserialize, Serialize};
 
 /// Highest level of commands that this program can apply. Raised together with a new command or a new meaning of an old one; the
@@ -29,11 +30,11 @@ pub struct NodeFacts {
 }
 
 impl NodeFacts {
-    /// Of this program.
-    pub fn of_this_program(started_ms: u64, certificate_expires_ms: u64) -> Self {
+    /// Of a program.
+    pub fn of(program: Program, started_ms: u64, certificate_expires_ms: u64) -> Self {
         Self {
             program: env!("CARGO_PKG_VERSION").to_owned(),
-            feature_level: FEATURE_LEVEL,
+            feature_level: program.level,
             started_ms,
             certificate_expires_ms,
             ..Self::default()

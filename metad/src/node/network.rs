@@ -4,8 +4,11 @@
 
 use super::consensus::Consensus;
 use super::facts::NodeFacts;
+use super::receiving::Receiving;
 use super::vigil::Spoken;
+use crate::ground::unknown_entry;
 use crate::log::storage::LogStore;
+use crate::machine::Machine;
 use crate::raft::{Raft, TypeConfig};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -36,8 +39,17 @@ use tokio::time::Instant;
 /// Bytes of one snapshot chunk: far below proto's message limit.
 pub const SNAPSHOT_CHUNK_BYTES: u64 = 2 << 20;
 
+/// Longest wait for the answer to one chunk.
+const SNAPSHOT_CALL: Duration = Duration::from_secs(10);
+
+/// Longest wait until the other end has read a whole snapshot and made a state of it.
+pub const SNAPSHOT_READ: Duration = Duration::from_secs(1_800);
+
 /// Pause before an unreachable peer is tried again.
 const RETRY: Duration = Duration::from_millis(200);
+
+/// Between two complaints of the same kind.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
 
 /// What a peer said of itself counts for so long; it says it every second.
 const FACTS_FRESH: Duration = Duration::from_secs(30);
@@ -191,12 +203,17 @@ impl Network {
 pub struct Outbound {
     network: Network,
     log: LogStore,
+    machine: Machine,
 }
 
 impl Outbound {
-    /// Sends in the name of this log.
-    pub fn new(network: Network, log: LogStore) -> Self {
-        Self { network, log }
+    /// Sends in the name of this log, and the snapshots of this state.
+    pub fn new(network: Network, log: LogStore, machine: Machine) -> Self {
+        Self {
+            network,
+            log,
+            machine,
+        }
     }
 }
 
@@ -212,6 +229,7 @@ impl RaftNetworkFactory<TypeConfig> for Outbound {
             peer: OnceCell::new(),
             heard: Arc::clone(&self.network.heard),
             log: self.log.clone(),
+            machine: self.machine.clone(),
         }
     }
 }
@@ -225,6 +243,7 @@ pub struct Connection {
     peer: OnceCell<RaftPeer>,
     heard: Heard,
     log: LogStore,
+    machine: Machine,
 }
 
 type CallResult<T, E> = Result<T, RPCError<u64, BasicNode, E>>;
@@ -288,10 +307,22 @@ impl RaftNetwork<TypeConfig> for Connection {
     async fn install_snapshot(
         &mut self,
         rpc: InstallSnapshotRequest<TypeConfig>,
-        option: RPCOption,
+        _: RPCOption,
     ) -> CallResult<InstallSnapshotResponse<u64>, RaftError<u64, InstallSnapshotError>> {
-        self.call(RaftRpc::Snapshot, &rpc, &option, RPCTypes::InstallSnapshot)
-            .await
+        // The other end reads a whole snapshot before it answers the last chunk: it is asked again until it has.
+        let call = RPCOption::new(SNAPSHOT_CALL);
+        loop {
+            let sent = self.call(RaftRpc::Snapshot, &rpc, &call, RPCTypes::InstallSnapshot);
+            match sent.await {
+                Err(RPCError::Timeout(_)) if rpc.done => {}
+                Err(error @ RPCError::Network(_)) if rpc.done => {
+                    // It did not verify there. Before the last chunk a refusal says only: later.
+                    self.machine.doubt_snapshot();
+                    return Err(error);
+                }
+                ended => return ended,
+            }
+        }
     }
 
     async fn vote(
@@ -312,6 +343,8 @@ impl RaftNetwork<TypeConfig> for Connection {
 #[derive(Clone)]
 pub struct Inbound {
     raft: Raft,
+    receiving: Receiving,
+    said: Arc<Mutex<Option<Instant>>>,
     spoken: Spoken,
     consensus: Consensus,
     network: Network,
@@ -320,11 +353,23 @@ pub struct Inbound {
 impl Inbound {
     /// Hands it to this Raft.
     pub fn new(raft: Raft, consensus: Consensus, network: Network) -> Self {
+        let machine = consensus.machine().clone();
         Self {
+            receiving: Receiving::new(raft.clone(), machine),
+            said: Arc::default(),
             raft,
             consensus,
             network,
             spoken: Spoken::default(),
+        }
+    }
+
+    /// Says now and then that a leader's entries cannot be taken: nothing is guessed, this node stays where it is.
+    fn say_unknown(&self, from: MetadId, error: &str) {
+        let mut said = self.said.lock();
+        if said.is_none_or(|at| at.elapsed() >= SAY_AGAIN) {
+            *said = Some(Instant::now());
+            tracing::error!(%from, %error, "the leader's entries are refused; this metad stays behind until it is upgraded");
         }
     }
 
@@ -350,9 +395,21 @@ impl RaftTransport for Inbound {
         let text = |error: PayloadError| error.to_string();
         match rpc {
             RaftRpc::Append => {
-                let request: AppendEntriesRequest<TypeConfig> = decode(&payload).map_err(text)?;
+                // The peer's certificate and the version verified: what does not decode is of a newer program.
+                let decoded = decode(&payload).map_err(|error| match error {
+                    PayloadError::Malformed(error) => unknown_entry(&error.to_string()),
+                    version @ PayloadError::Version(_) => version.to_string(),
+                });
+                let request: AppendEntriesRequest<TypeConfig> =
+                    decoded.inspect_err(|error| self.say_unknown(from, error))?;
                 check_sender(from, &request.vote)?;
                 self.spoken.note(from.0);
+                let program = self.consensus.machine().ground().program;
+                let known = request
+                    .entries
+                    .iter()
+                    .try_for_each(|entry| program.check(entry));
+                known.inspect_err(|error| self.say_unknown(from, error))?;
                 Ok(encode(&self.raft.append_entries(request).await))
             }
             RaftRpc::Vote => {
@@ -363,7 +420,7 @@ impl RaftTransport for Inbound {
             RaftRpc::Snapshot => {
                 let request: InstallSnapshotRequest<TypeConfig> = decode(&payload).map_err(text)?;
                 check_sender(from, &request.vote)?;
-                Ok(encode(&self.raft.install_snapshot(request).await))
+                Ok(encode(&self.receiving.take(from, request).await?))
             }
             RaftRpc::ReadIndex => {
                 let facts: String = decode(&payload).map_err(text)?;

@@ -6,7 +6,7 @@
 
 use super::hanging::HangingMedia;
 use super::proposal;
-use crate::ground::{Ground, Sizes};
+use crate::ground::Ground;
 use crate::log::gate::Gated;
 use crate::log::storage::LogStore;
 use crate::machine::Machine;
@@ -114,7 +114,7 @@ impl Node {
             target: 0,
         };
         let gated = Gated::new(machine.clone(), log.clone());
-        let raft = Raft::new(id, raft_config(&Sizes::default()), wire, log.clone(), gated).await;
+        let raft = Raft::new(id, raft_config(), wire, log.clone(), gated).await;
         let raft = raft.unwrap();
         registry.lock().insert(id, raft.clone());
         Self {

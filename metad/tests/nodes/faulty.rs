@@ -1,0 +1,236 @@
+//! A disk that harms what is received of snapshots, or dies at a step: then nothing reaches it any more, as if its process were killed.
+
+use parking_lot::Mutex;
+use qsfs_metad::ground::{Store, Stores};
+use qsfs_metad::state::kv::{Batch, KvError, Pair};
+use qsfs_zdb::media::{Identity, Media, MediaFile, MediaLock, OpenMode, Space};
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+#[derive(Debug, Default)]
+struct Mood {
+    /// So many snapshots that are received are harmed.
+    harm: u32,
+    /// The next that reaches the disk after a snapshot was received is counted, up to the one at which it dies.
+    dies_at: Option<u32>,
+    steps: u32,
+    counting: bool,
+    dead: bool,
+    /// What is received is harmed as it is synced.
+    harmed: u32,
+}
+
+/// What to do. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Switch(Arc<Mutex<Mood>>);
+
+impl Switch {
+    /// The next so many received snapshots do not hold what was sent.
+    pub(super) fn harm(&self, times: u32) {
+        self.0.lock().harm = times;
+    }
+
+    pub(super) fn harmed(&self) -> u32 {
+        self.0.lock().harmed
+    }
+
+    /// From the sync of a received snapshot on, so many steps go through, then none.
+    pub(super) fn die_at(&self, steps: u32) {
+        self.0.lock().dies_at = Some(steps);
+    }
+
+    pub(super) fn is_dead(&self) -> bool {
+        self.0.lock().dead
+    }
+
+    fn step(&self) -> io::Result<()> {
+        let mut mood = self.0.lock();
+        if mood.counting && !mood.dead {
+            mood.dead = mood.dies_at.is_some_and(|dies_at| mood.steps >= dies_at);
+            mood.steps += 1;
+        }
+        if mood.dead {
+            return Err(io::Error::other("the disk is dead"));
+        }
+        Ok(())
+    }
+}
+
+fn is_received(path: &Path) -> bool {
+    let name = path.file_name().and_then(std::ffi::OsStr::to_str);
+    name.is_some_and(|name| name.starts_with("incoming-"))
+}
+
+#[derive(Debug)]
+pub(super) struct FaultyMedia {
+    below: Arc<dyn Media>,
+    switch: Switch,
+}
+
+impl FaultyMedia {
+    pub(super) fn over(below: Arc<dyn Media>, switch: &Switch) -> Self {
+        let switch = switch.clone();
+        Self { below, switch }
+    }
+}
+
+#[derive(Debug)]
+struct FaultyFile {
+    below: Box<dyn MediaFile>,
+    switch: Switch,
+    received: bool,
+}
+
+impl MediaFile for FaultyFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.below.read_at(buffer, offset)
+    }
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.switch.step()?;
+        self.below.write_all_at(bytes, offset)
+    }
+    fn write_vectored_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()> {
+        self.switch.step()?;
+        self.below.write_vectored_at(parts, offset)
+    }
+    fn sync_data(&self) -> io::Result<()> {
+        if self.received {
+            let mut mood = self.switch.0.lock();
+            mood.counting = true;
+            if mood.harm > 0 {
+                mood.harm -= 1;
+                mood.harmed += 1;
+                let middle = self.below.length()? / 2;
+                let mut byte = [0];
+                self.below.read_exact_at(&mut byte, middle)?;
+                self.below.write_all_at(&[byte[0] ^ 0x10], middle)?;
+            }
+        }
+        self.switch.step()?;
+        self.below.sync_data()
+    }
+    fn allocate(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.switch.step()?;
+        self.below.allocate(offset, length)
+    }
+    fn truncate(&self, length: u64) -> io::Result<()> {
+        self.switch.step()?;
+        self.below.truncate(length)
+    }
+    fn length(&self) -> io::Result<u64> {
+        self.below.length()
+    }
+}
+
+impl Media for FaultyMedia {
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Box<dyn MediaFile>> {
+        if mode == OpenMode::CreateNew {
+            self.switch.step()?;
+        }
+        Ok(Box::new(FaultyFile {
+            below: self.below.open(path, mode)?,
+            switch: self.switch.clone(),
+            received: is_received(path),
+        }))
+    }
+    fn create_dir_all(&self, path: &Path) -> io::Result<()> {
+        self.switch.step()?;
+        self.below.create_dir_all(path)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.switch.step()?;
+        self.below.remove(path)
+    }
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        self.switch.step()?;
+        self.below.remove_dir(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.switch.step()?;
+        self.below.rename(from, to)
+    }
+    fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+        self.below.list(dir)
+    }
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        self.switch.step()?;
+        self.below.sync_dir(dir)
+    }
+    fn exists(&self, path: &Path) -> bool {
+        self.below.exists(path)
+    }
+    fn identity(&self, path: &Path) -> io::Result<Identity> {
+        self.below.identity(path)
+    }
+    fn space(&self, path: &Path) -> io::Result<Space> {
+        self.below.space(path)
+    }
+    fn lock(&self, path: &Path) -> io::Result<Box<dyn MediaLock>> {
+        self.below.lock(path)
+    }
+}
+
+/// Rows on such a disk.
+#[derive(Debug)]
+pub(super) struct FaultyStores {
+    below: Arc<dyn Stores>,
+    switch: Switch,
+}
+
+impl FaultyStores {
+    pub(super) fn over(below: Arc<dyn Stores>, switch: &Switch) -> Self {
+        let switch = switch.clone();
+        Self { below, switch }
+    }
+}
+
+#[derive(Debug)]
+struct FaultyStore {
+    below: Arc<dyn Store>,
+    switch: Switch,
+}
+
+impl Store for FaultyStore {
+    fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError> {
+        self.below.get(key)
+    }
+    fn range(&self, from: &[u8], until: &[u8], max: usize) -> Result<Vec<Pair>, KvError> {
+        self.below.range(from, until, max)
+    }
+    fn write(&self, batch: &Batch) -> Result<(), KvError> {
+        self.switch.step().map_err(sled::Error::from)?;
+        self.below.write(batch)
+    }
+    fn flush(&self) -> Result<(), KvError> {
+        self.switch.step().map_err(sled::Error::from)?;
+        self.below.flush()
+    }
+    fn verify(&self) -> Result<(), KvError> {
+        self.below.verify()
+    }
+}
+
+impl Stores for FaultyStores {
+    fn open(&self, dir: &Path) -> Result<Arc<dyn Store>, KvError> {
+        self.switch.step().map_err(sled::Error::from)?;
+        Ok(Arc::new(FaultyStore {
+            below: self.below.open(dir)?,
+            switch: self.switch.clone(),
+        }))
+    }
+    fn exists(&self, dir: &Path) -> bool {
+        self.below.exists(dir)
+    }
+    fn remove(&self, dir: &Path) -> io::Result<()> {
+        self.switch.step()?;
+        self.below.remove(dir)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.switch.step()?;
+        self.below.rename(from, to)
+    }
+    fn list(&self, parent: &Path) -> io::Result<Vec<String>> {
+        self.below.list(parent)
+    }
+}
