@@ -39,6 +39,7 @@ pub(crate) struct Service {
     authority: CertificateAuthority,
     fresh: Fresh,
     watchers: Arc<Watchers>,
+    counting: status::Counting,
 }
 
 fn damaged(error: &KvError) -> CallError {
@@ -61,6 +62,7 @@ impl Service {
             authority,
             fresh,
             watchers,
+            counting: status::Counting::default(),
         }
     }
 
@@ -322,7 +324,7 @@ impl MetadService for Service {
     }
 
     async fn status(&self, _: &PeerIdentity) -> Result<Status, CallError> {
-        status::gather(&self.consensus, &self.soft, &self.network)
+        status::gather(&self.consensus, &self.soft, &self.network, &self.counting)
             .await
             .map_err(|error| damaged(&error))
     }

@@ -1,5 +1,6 @@
 //! The whole status, per the contract for scripts. Gathered here; what it means is decided in [`findings`], pure.
 
+mod counting;
 pub mod findings;
 mod metads;
 mod time;
@@ -9,8 +10,6 @@ use super::facts::NodeFacts;
 use super::members;
 use super::network::Network;
 use super::soft::{Soft, Term, WriterReport};
-use crate::ground;
-use crate::machine::Machine;
 use crate::machine::rows::Rows;
 use crate::plan::index::{Index, VolumeHealth};
 use crate::state::State;
@@ -18,6 +17,7 @@ use crate::state::backends::BackendLoad;
 use crate::state::command::MemberRow;
 use crate::state::kv::KvError;
 use crate::state::volumes::VolumeTotals;
+pub(super) use counting::Counting;
 use findings::{Picture, VolumePicture};
 use qsfs_proto::api::{Backend, BackendFacts, Intent, Member, Verdict, Volume};
 use qsfs_proto::status::{
@@ -53,11 +53,12 @@ pub(super) async fn gather(
     consensus: &Consensus,
     soft: &Soft,
     network: &Network,
+    counting: &Counting,
 ) -> Result<Status, KvError> {
     let now_ms = consensus.now_ms();
     let view = match soft.with(|term| leader_view(term, now_ms)) {
         Some(view) => view,
-        None => follower_view(consensus).await?,
+        None => follower_view(consensus, counting).await,
     };
     let state = consensus.machine().read(state_view)?;
     let members = members::list(consensus.raft(), network, &state.members);
@@ -114,40 +115,24 @@ fn leader_view(term: &mut Term, now_ms: u64) -> LeaderView {
     }
 }
 
-/// A node that does not lead has no facts; it counts from the records.
-async fn follower_view(consensus: &Consensus) -> Result<LeaderView, KvError> {
-    let machine = consensus.machine().clone();
-    let work = std::sync::Arc::clone(&machine.ground().work);
-    let built = ground::blocking(&work, move || count(&machine));
-    let index = match built.await {
-        Ok(index) => index?,
-        Err(_) => Index::default(),
-    };
-    let (pending_shards, bad_shards) = index.pending_shards();
-    Ok(LeaderView {
+/// A node that does not lead has no facts.
+async fn follower_view(consensus: &Consensus, counting: &Counting) -> LeaderView {
+    let count = counting.ask(consensus.machine()).await;
+    let counted = count.is_some();
+    let count = count.unwrap_or_default();
+    LeaderView {
         facts: BTreeMap::new(),
         writers: BTreeMap::new(),
-        health: health(&index),
+        health: count.health.clone(),
         resilver: ResilverStatus {
-            pending_shards,
+            pending_shards: count.pending_shards,
             waiting_for: Some("this metad does not lead: what runs is not known here".into()),
             ..ResilverStatus::default()
         },
-        bad_shards,
+        bad_shards: count.bad_shards,
         leader_since_ms: None,
-        counting: false,
-    })
-}
-
-/// In steps, so that applies get on.
-#[expect(
-    clippy::redundant_closure,
-    reason = "the bare function is not general enough over the lifetime of the view"
-)]
-fn count(machine: &Machine) -> Result<Index, KvError> {
-    let mut index = machine.read(|state| Index::begin(state))?;
-    while machine.read(|state| index.advance(state))? {}
-    Ok(index)
+        counting: !counted,
+    }
 }
 
 fn health(index: &Index) -> BTreeMap<qsfs_zstor::id::VolumeId, VolumeHealth> {

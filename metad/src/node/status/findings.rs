@@ -75,8 +75,12 @@ pub fn find(picture: &Picture<'_>) -> Vec<Finding> {
         volume_findings(volume, &mut found);
     }
     if picture.counting {
-        let text = "the leading metad has not looked at all records yet since it leads or since backends changed: what is missing may be \
-                    more than is said here";
+        let text = if picture.leads {
+            "the leading metad has not looked at all records yet since it leads or since backends changed: what is missing may be more \
+             than is said here"
+        } else {
+            "this metad does not lead and has not looked at all records yet: what is missing may be more than is said here"
+        };
         found.push(finding(
             "STILL_COUNTING",
             "records",
