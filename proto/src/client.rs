@@ -153,6 +153,22 @@ impl Shared {
         };
         Pending { shared: self, id }
     }
+
+    async fn send(
+        &self,
+        id: RequestId,
+        mutation: &Mutation,
+        deadline: Instant,
+    ) -> Result<Applied, MetadError> {
+        let message = pb::MutateRequest {
+            id: id.to_wire(),
+            mutation: mutation.to_wire(),
+        };
+        let applied = self.nodes.run(Kind::Mutation, deadline, |open, limit| {
+            open.mutate(message.clone(), limit)
+        });
+        Applied::from_wire(applied.await?).map_err(unreadable)
+    }
 }
 
 impl fmt::Debug for MetadClient {
@@ -274,14 +290,18 @@ impl MetadClient {
             ))
         })?;
         let pending = shared.number();
-        let message = pb::MutateRequest {
-            id: pending.id.to_wire(),
-            mutation: mutation.to_wire(),
-        };
-        let applied = shared.nodes.run(Kind::Mutation, deadline, |open, limit| {
-            open.mutate(message.clone(), limit)
-        });
-        Applied::from_wire(applied.await?).map_err(unreadable)
+        shared.send(pending.id, &mutation, deadline).await
+    }
+
+    /// The same under an id that the caller gave it, and may give again: who asks once more gets the first answer, and nothing is done
+    /// again, until a later id of the session says that nobody waits for it. The session must not be this client's own.
+    pub async fn mutate_as(
+        &self,
+        id: RequestId,
+        mutation: &Mutation,
+    ) -> Result<Applied, MetadError> {
+        let deadline = Instant::now() + self.shared.nodes.timing.mutation;
+        self.shared.send(id, mutation, deadline).await
     }
 
     /// By name.

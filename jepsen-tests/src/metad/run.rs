@@ -3,7 +3,7 @@
 mod full_disk;
 
 use super::arena::{Arena, Disk, NODES_MAX, enter_client};
-use super::checkers::{Terms, check_all};
+use super::checkers::{Terms, check_all, exactly_once};
 use super::final_state::{BackendSite, FinalState, FinalVolume, NodeHash, volume_seen};
 use super::history::{Clock, Kind as Ended, Recorder};
 use super::plan::{Fault, Kind, Step, Whom, plan};
@@ -537,6 +537,11 @@ impl Run {
             lease_ttl_ns: Some(u64::try_from(LEASE_TTL.as_nanos())?),
         };
         let checked = check_all(&events, &end, terms);
+        if exactly_once::repeated(&events).is_ok_and(|repeated| repeated == 0) {
+            let text =
+                "no request was answered twice: whether requests are done once was not judged";
+            self.trouble.push(text.to_owned());
+        }
         let report = Report::new(
             self.options.seed,
             &events,

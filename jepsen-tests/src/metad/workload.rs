@@ -7,6 +7,7 @@ use super::final_state::{record_seen, salt_of, volume_seen};
 use super::history::{Datafile, HeadSeen, Kind, Operation, Process, Recorder};
 use qsfs_proto::api::{Applied, Head, MetadError, Mutation, VolumeSettings};
 use qsfs_proto::client::{MetadClient, PAGE_MAX};
+use qsfs_proto::server::RequestId;
 use qsfs_zstor::id::{
     BackendId, ClientId, DatafileId, Epoch, KeyId, ShardHash, Stream, VolumeId, VolumeName,
 };
@@ -22,6 +23,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 const VOLUMES_AT_ONCE: usize = 2;
 /// Operations on a volume until another one takes its place: as many as a search for an order can bear.
 const OPERATIONS_A_VOLUME: usize = 120;
+
+/// Times a request without an answer is asked again.
+const REPEATS_OF_LOST: u32 = 2;
+/// Share of answered requests that are asked again.
+const REPEATED: f64 = 0.1;
 
 /// The policy of all volumes: the loss of a location and of a node must be survived.
 pub fn policy() -> Policy {
@@ -174,6 +180,8 @@ pub struct Actor<'a> {
     client: MetadClient,
     number: u64,
     rng: StdRng,
+    /// Number of the newest request.
+    sequence: u64,
     /// Epoch it believes to hold, by volume.
     epochs: HashMap<String, u64>,
 }
@@ -187,6 +195,7 @@ impl<'a> Actor<'a> {
             client,
             number,
             rng,
+            sequence: 0,
             epochs: HashMap::new(),
         }
     }
@@ -240,18 +249,50 @@ impl<'a> Actor<'a> {
         }
     }
 
-    /// Asks for a change and notes the end; the answer, if it took effect.
+    /// Asks for a change and notes the end; the answer, if it took effect. A request whose answer is lost is repeated, and now and then
+    /// one that was answered is, as if its answer had been lost: by a process that knows nothing of it but its name.
     async fn write(
         &mut self,
         volume: &Known,
         operation: Operation,
         mutation: Mutation,
     ) -> Result<Applied, Kind> {
-        let call = self.process.invoke(&volume.key, operation.clone());
-        let answer = self.client.mutate(mutation).await;
-        match answer {
+        self.sequence += 1;
+        let id = RequestId {
+            client: ClientId::from_bytes([0x77; ClientId::LEN]),
+            session: self.number,
+            sequence: self.sequence,
+            oldest_pending: self.sequence,
+        };
+        let mut ended = self.ask(volume, &operation, &mutation, id).await;
+        for _ in 0..REPEATS_OF_LOST {
+            if !matches!(ended, Err(Kind::Unknown)) {
+                break;
+            }
+            ended = self.ask(volume, &operation, &mutation, id).await;
+        }
+        if ended.is_ok() && self.rng.random_bool(REPEATED) {
+            // What comes back is the checkers' to judge.
+            let _ = self.ask(volume, &operation, &mutation, id).await;
+        }
+        ended
+    }
+
+    /// One try of a request.
+    async fn ask(
+        &mut self,
+        volume: &Known,
+        operation: &Operation,
+        mutation: &Mutation,
+        id: RequestId,
+    ) -> Result<Applied, Kind> {
+        let name = format!("c{}/{}", id.session, id.sequence);
+        let call = self
+            .process
+            .invoke_as(&volume.key, operation.clone(), Some(name));
+        match self.client.mutate_as(id, mutation).await {
             Ok(applied) => {
-                call.end(Ok(answered(operation, &applied)));
+                call.end(Ok(answered(operation.clone(), &applied)));
                 Ok(applied)
             }
             Err(error) => {

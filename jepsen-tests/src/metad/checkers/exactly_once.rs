@@ -5,7 +5,7 @@
 
 use super::{Call, Summary, Violation, by_key, pair, requests};
 use crate::metad::final_state::{FinalState, FinalVolume};
-use crate::metad::history::{Event, Kind, Operation};
+use crate::metad::history::{Event, Failure, Kind, Operation, Reason};
 use std::collections::HashMap;
 
 const NAME: &str = "exactly once";
@@ -33,13 +33,28 @@ pub fn check(events: &[Event], end: &FinalState) -> Result<Summary, Violation> {
     Ok(Summary::new(NAME, text))
 }
 
+/// Requests that were asked again and answered again: how much there is to judge.
+pub fn repeated(events: &[Event]) -> Result<usize, Violation> {
+    check_answers(&pair(events)?)
+}
+
 fn check_answers(calls: &[Call<'_>]) -> Result<usize, Violation> {
     let mut first: HashMap<&str, &Call<'_>> = HashMap::new();
     let mut repeated = 0;
     for call in calls {
-        let (Some(name), Kind::Ok) = (call.invoke.request.as_deref(), call.kind()) else {
+        let Some(name) = call.invoke.request.as_deref() else {
             continue;
         };
+        let decided = |failure: &Failure| failure.reason != Reason::NotDone;
+        if let (Some(known), true) = (first.get(name), call.failure().is_some_and(decided))
+            && known.before(call)
+        {
+            let what = format!("request {name} took effect, and was refused when it was repeated");
+            return Err(Violation::of(NAME, what, &[known, call]));
+        }
+        if !call.is_ok() {
+            continue;
+        }
         match first.get(name) {
             Some(known) if known.operation() != call.operation() => {
                 let what = format!("request {name} was answered in two ways");
@@ -165,6 +180,19 @@ mod tests {
         }
         let found = check(history.events(), &end(seen(3, 0, 0), vec![]));
         assert!(found.expect_err("caught").what.contains("two ways"));
+    }
+
+    #[test]
+    fn a_repeated_request_that_is_refused_after_it_was_done_is_caught() {
+        let mut history = History::with_writer();
+        history.ask_as(1, "v", acquire(1), "c1/7");
+        history.ok(1, acquired(1, 2));
+        for (reason, fine) in [(Reason::NotDone, true), (Reason::Held, false)] {
+            history.ask_as(1, "v", acquire(1), "c1/7");
+            history.fail(1, reason, None);
+            let found = check(history.events(), &end(seen(2, 0, 0), vec![]));
+            assert_eq!(found.is_ok(), fine, "{reason:?}: {found:?}");
+        }
     }
 
     #[test]
