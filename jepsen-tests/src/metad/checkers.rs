@@ -8,6 +8,7 @@
 //! | [`no_lost_commit`] | every acknowledged commit is there at the end, and nothing that failed or was never asked |
 //! | [`head`] | the head never goes back, and all that it leads to has a record |
 //! | [`deterministic`] | nodes that applied the same entries hold the same rows |
+//! | [`staleness`] | what a node answers by itself is not older than it promises |
 //! | [`placement`] | committed records satisfy the placement rules, or count as below policy |
 
 pub mod deterministic;
@@ -17,6 +18,7 @@ pub mod head;
 pub mod linearizable;
 pub mod no_lost_commit;
 pub mod placement;
+pub mod staleness;
 
 #[cfg(test)]
 pub(crate) mod testing;
@@ -244,6 +246,7 @@ pub fn check_all(
         head::check(events, end),
         deterministic::check(&end.nodes),
         placement::check(end),
+        staleness::check(events),
     ]
 }
 

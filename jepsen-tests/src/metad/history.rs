@@ -141,6 +141,22 @@ pub enum Operation {
         /// Version after it.
         swapped: Option<u64>,
     },
+    /// Say that a shard is damaged, if it is still there: that is a new version of the record.
+    ReportShard {
+        /// Datafile.
+        datafile: u64,
+        /// Shard.
+        shard: u32,
+        /// Where it was.
+        backend: u64,
+    },
+    /// Read the volume as any node knows it, which says how old that is at most.
+    StaleRead {
+        /// What was seen.
+        seen: Option<VolumeSeen>,
+        /// Age in ms, at most; nothing where the node cannot say.
+        age_ms: Option<u64>,
+    },
     /// Read the volume.
     ReadVolume {
         /// What was seen.
@@ -156,7 +172,10 @@ pub enum Operation {
 impl Operation {
     /// Does it change nothing?
     pub fn is_read(&self) -> bool {
-        matches!(self, Self::ReadVolume { .. } | Self::ListRecords { .. })
+        matches!(
+            self,
+            Self::ReadVolume { .. } | Self::ListRecords { .. } | Self::StaleRead { .. }
+        )
     }
 
     /// The epoch it claims to hold, if it is something that only a writer may do.

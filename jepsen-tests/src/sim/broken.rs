@@ -10,7 +10,7 @@ use qsfs_metad::raft::TypeConfig;
 use qsfs_metad::state::command::{Command, Entry};
 use qsfs_metad::state::kv::KvError;
 use qsfs_metad::state::{self, Outcome, State};
-use qsfs_proto::api::{Applied, MetadError, Mutation};
+use qsfs_proto::api::{Applied, Freshness, MetadError, Mutation};
 use qsfs_proto::raft::RaftRpc;
 use qsfs_proto::server::Consistency;
 use qsfs_zdb::media::{Identity, Media, MediaFile, MediaLock, OpenMode, SimMedia, Space};
@@ -65,6 +65,14 @@ variants! {
     LeaseTakenEarly = "lease-taken-early",
     /// A swap does not look at the record's version.
     SwapUnversioned = "swap-unversioned",
+    /// A report of a damaged shard is answered and forgotten.
+    ReportForgotten = "report-forgotten",
+    /// A node says of its own knowledge that it is of now.
+    AgeUntold = "age-untold",
+    /// Rot in the state is not looked for.
+    StateRotUnseen = "state-rot-unseen",
+    /// Rot in a snapshot is not looked for.
+    SnapshotRotUnseen = "snapshot-rot-unseen",
     /// A wiped node comes back under its old id.
     WipedNodeKeepsId = "wiped-node-keeps-id",
     /// Records go where the placement rules forbid it.
@@ -77,6 +85,25 @@ pub fn consistency(world: &World, wanted: Consistency) -> Consistency {
         Some(Variant::StaleReadServed) => Consistency::Stale,
         _ => wanted,
     }
+}
+
+/// How old a node says that its own knowledge is.
+pub fn freshness(world: &World, told: Freshness) -> Freshness {
+    match world.broken {
+        Some(Variant::AgeUntold) => Freshness {
+            age_ms: Some(0),
+            ..told
+        },
+        _ => told,
+    }
+}
+
+/// Does rot look like what was written, because nobody looks?
+pub fn rot_is_unseen(world: &World) -> bool {
+    matches!(
+        world.broken,
+        Some(Variant::StateRotUnseen | Variant::SnapshotRotUnseen)
+    )
 }
 
 /// Does this run cut rot away?
@@ -120,6 +147,7 @@ fn asked(state: &State<&Rows>, mutation: &Mutation, broken: Variant) -> Result<M
                 *epoch = now.epoch;
             }
         }
+        (Mutation::ReportShards { reports }, Variant::ReportForgotten) => reports.clear(),
         (Mutation::AcquireLease { takeover, .. }, Variant::LeaseTakenEarly) => *takeover = true,
         (
             Mutation::SwapShard {

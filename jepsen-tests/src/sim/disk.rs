@@ -4,6 +4,7 @@ use parking_lot::Mutex;
 use qsfs_metad::ground::{Job, Store, Stores, Work, WorkLost};
 use qsfs_metad::state::kv::{Batch, KvError, Pair, RowKey};
 use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 use std::io;
@@ -12,6 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Bytes before what they protect in a page.
+const CHECKSUM_BYTES: usize = 4;
 /// Between two looks whether a hanging disk goes on.
 const HANG_LOOK: Duration = Duration::from_millis(20);
 
@@ -164,6 +167,39 @@ impl SimStores {
             stores: Mutex::default(),
             lies,
         }
+    }
+
+    /// Flips a bit of a page of the newest store, if there is one. `unseen`: with a checksum to match. The one page without a checksum
+    /// of its own, the number of the format, is left alone: it says what program the rows are for, not what they are.
+    pub fn flip(&self, unseen: bool, bit: u8, random: &mut StdRng) -> bool {
+        let stores = self.stores.lock();
+        let Some((_, twin)) = stores.last_key_value() else {
+            return false;
+        };
+        let mut rows = twin.rows.lock();
+        let pages: Vec<_> = rows
+            .now
+            .keys()
+            .filter(|name| name.first() == Some(&b'p'))
+            .collect();
+        let Some(name) = pages.choose(random).map(|name| (*name).clone()) else {
+            return false;
+        };
+        let mut page = rows.now[&name].clone();
+        if page.len() <= CHECKSUM_BYTES {
+            return false;
+        }
+        let at = random.random_range(CHECKSUM_BYTES..page.len());
+        page[at] ^= bit;
+        if unseen {
+            let forged = crc32fast::hash(&page[CHECKSUM_BYTES..]);
+            page[..CHECKSUM_BYTES].copy_from_slice(&forged.to_le_bytes());
+        }
+        if let Some(durable) = rows.durable.get_mut(&name) {
+            *durable = page.clone();
+        }
+        rows.now.insert(name, page);
+        true
     }
 
     /// What the machine finds after losing power.

@@ -1,12 +1,14 @@
 //! Carries out a plan, between two steps of the simulation.
 
-use super::plan::{Fault, Plan, Who};
+use super::broken::Variant;
+use super::plan::{Fault, Plan, Resting, Who};
 use super::world::{HostRequest, NodeSlot, Weather, World};
-use qsfs_zdb::media::{Fault as DiskFault, Media};
+use qsfs_zdb::media::{Fault as DiskFault, Media, SimMedia};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -118,6 +120,7 @@ impl Nemesis {
             | Fault::FillDisk(who)
             | Fault::FailSync(who)
             | Fault::Rot(who)
+            | Fault::RotAtRest(who, _)
             | Fault::WipeKeepingId(who)
             | Fault::JumpClock(who, _)
             | Fault::Cut(who, _)
@@ -201,14 +204,23 @@ impl Nemesis {
                     slot.media.inject(DiskFault::Unlimited);
                 }
             }
-            Fault::Rot(_) => {
+            Fault::Rot(_) | Fault::RotAtRest(..) => {
                 let broken = self.world.broken.is_some();
                 // A second damaged node before the first one is back would be more than a majority has to bear.
                 let changing = self.world.changing.load(Ordering::Relaxed);
                 if !broken && (changing || nodes.iter().any(|slot| slot.harmed)) {
                     return;
                 }
-                flip(&mut nodes[at], &mut self.random);
+                let unseen = super::broken::rot_is_unseen(&self.world);
+                match fault {
+                    Fault::RotAtRest(_, resting) => {
+                        let unseen = unseen
+                            && (resting == Resting::Snapshot
+                                || self.world.broken == Some(Variant::StateRotUnseen));
+                        flip_at_rest(&mut nodes[at], resting, unseen, &mut self.random);
+                    }
+                    _ => flip(&mut nodes[at], &mut self.random),
+                }
             }
             _ => {}
         }
@@ -308,4 +320,55 @@ fn flip(slot: &mut NodeSlot, random: &mut StdRng) {
     slot.media
         .flip(&path, offset as u64, 1 << random.random_range(0..8));
     slot.harmed = true;
+}
+
+/// Flips a bit in what a node that does not run reads when it starts. `unseen`: with a checksum to match.
+fn flip_at_rest(slot: &mut NodeSlot, resting: Resting, unseen: bool, random: &mut StdRng) {
+    if !slot.down {
+        return;
+    }
+    let dir = NodeSlot::dir();
+    let bit = 1 << random.random_range(0..8);
+    let path = match resting {
+        Resting::State => {
+            slot.harmed |= slot.stores.flip(unseen, bit, random);
+            return;
+        }
+        Resting::Vote => dir.join("log").join("vote"),
+        Resting::Snapshot => {
+            let names = slot.media.list(&dir.join("snapshot")).unwrap_or_default();
+            let newest = names.iter().rfind(|name| name.ends_with(".snap"));
+            newest.map_or(dir.clone(), |name| dir.join("snapshot").join(name))
+        }
+    };
+    let contents = slot.media.contents(&path).unwrap_or_default();
+    // Of a snapshot: rows, which are behind its head and before its hash.
+    let (from, until) = match resting {
+        Resting::Snapshot => (
+            contents.len() / 2,
+            contents.len().saturating_sub(HASH_BYTES),
+        ),
+        _ => (0, contents.len()),
+    };
+    if from >= until {
+        return;
+    }
+    slot.media
+        .flip(&path, random.random_range(from..until) as u64, bit);
+    slot.harmed = true;
+    if unseen {
+        forge_hash(&slot.media, &path);
+    }
+}
+
+/// Bytes of the hash at the end of a snapshot.
+const HASH_BYTES: usize = 32;
+
+fn forge_hash(media: &SimMedia, path: &Path) {
+    let contents = media.contents(path).unwrap_or_default();
+    let hashed = contents.len() - HASH_BYTES;
+    let hash = blake3::hash(&contents[..hashed]);
+    for (at, (new, old)) in hash.as_bytes().iter().zip(&contents[hashed..]).enumerate() {
+        media.flip(path, (hashed + at) as u64, new ^ old);
+    }
 }

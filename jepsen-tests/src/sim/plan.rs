@@ -19,6 +19,17 @@ pub enum Who {
     Any(u64),
 }
 
+/// What rots while a node does not run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resting {
+    /// Its vote.
+    Vote,
+    /// Its newest snapshot.
+    Snapshot,
+    /// Its rows.
+    State,
+}
+
 /// One thing that goes wrong, or right again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fault {
@@ -54,6 +65,8 @@ pub enum Fault {
     HealDisks,
     /// Bits of what is stored flip; shown when it is read again.
     Rot(Who),
+    /// The same in what a node reads when it starts. It does not run meanwhile.
+    RotAtRest(Who, Resting),
     /// The disk is empty, and the node starts as if it were itself: what one of the broken variants does.
     WipeKeepingId(Who),
     /// The clock jumps by so many milliseconds.
@@ -181,8 +194,13 @@ fn trouble(draft: &mut Draft, kind: &str) {
             draft.add(span + 200, Fault::StartAll);
         }
         "rot" => {
-            draft.add(0, Fault::Rot(who));
-            draft.add(50, Fault::Kill(who));
+            let resting = [Resting::Vote, Resting::Snapshot, Resting::State];
+            let (killed, rotten) = match draft.random.random_range(0..6) {
+                0..3 => (50, Fault::Rot(who)),
+                at => (0, Fault::RotAtRest(who, resting[at - 3])),
+            };
+            draft.add(killed, Fault::Kill(who));
+            draft.add(if killed == 0 { 50 } else { 0 }, rotten);
             draft.add(250, Fault::Start(who));
         }
         "clock" => {
@@ -248,7 +266,16 @@ fn round(draft: &mut Draft, variant: Variant) -> u64 {
             draft.add(600 + jitter, Fault::Start(leader));
             2_600 + jitter
         }
-        Variant::StaleReadServed => {
+        Variant::StateRotUnseen | Variant::SnapshotRotUnseen => {
+            draft.add(900, Fault::Kill(first));
+            draft.add(920, Fault::RotAtRest(first, Resting::State));
+            if variant == Variant::SnapshotRotUnseen {
+                draft.add(920, Fault::RotAtRest(first, Resting::Snapshot));
+            }
+            draft.add(1_000 + jitter, Fault::Start(first));
+            1_100 + jitter
+        }
+        Variant::StaleReadServed | Variant::AgeUntold => {
             draft.add(0, Fault::Isolate(leader));
             1_600 + jitter
         }
@@ -292,6 +319,7 @@ fn round(draft: &mut Draft, variant: Variant) -> u64 {
         | Variant::OwnClock
         | Variant::LeaseTakenEarly
         | Variant::SwapUnversioned
+        | Variant::ReportForgotten
         | Variant::PlacementUnchecked => 1_500,
     }
 }

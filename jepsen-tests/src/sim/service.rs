@@ -54,7 +54,8 @@ impl MetadService for UnreliableService {
 
     async fn barrier(&self, consistency: Consistency) -> Answer<Freshness> {
         let consistency = super::broken::consistency(&self.world, consistency);
-        self.inner.barrier(consistency).await
+        let told = self.inner.barrier(consistency).await?;
+        Ok(super::broken::freshness(&self.world, told))
     }
 
     async fn volume(&self, caller: &PeerIdentity, name: &VolumeName) -> Answer<Volume> {

@@ -6,7 +6,7 @@ use super::world::{CLUSTER, World};
 use crate::metad::final_state::{record_seen, salt_of, volume_seen};
 use crate::metad::history::{Datafile, HeadSeen, Operation, Process};
 use qsfs_proto::api::{
-    Applied, BackendAddress, Head, MetadError, Mutation, Role, Volume, VolumeSettings,
+    Applied, BackendAddress, Head, MetadError, Mutation, Role, ShardReport, Volume, VolumeSettings,
 };
 use qsfs_proto::client::{MetadClient, Timing};
 use qsfs_proto::identity::PeerIdentity;
@@ -24,6 +24,8 @@ use std::time::Duration;
 pub const CLIENTS: usize = 4;
 /// Volumes they fight for.
 pub const VOLUMES: u8 = 2;
+/// Nodes that are asked what they know by themselves: those of the beginning.
+const NODES: usize = 3;
 /// Backends, two at each of three locations.
 const BACKENDS: u64 = 6;
 /// Deadlines: short, so that much ends in doubt.
@@ -64,12 +66,12 @@ pub fn policy() -> Policy {
 
 /// A client of all hosts that may be metads.
 pub fn client(world: &World, number: u8) -> MetadClient {
-    let endpoints = world
-        .nodes
-        .lock()
-        .iter()
-        .map(|slot| address(&slot.name))
-        .collect();
+    let nodes = world.nodes.lock();
+    let all = nodes.iter().map(|slot| address(&slot.name)).collect();
+    client_of(all, number)
+}
+
+fn client_of(endpoints: Vec<String>, number: u8) -> MetadClient {
     let me = PeerIdentity::new(CLUSTER, Role::Admin, format!("admin-{number}"));
     let dial = Arc::new(SimDial {
         me: me.expect("a name is a subject"),
@@ -150,6 +152,8 @@ pub struct Worker {
     epochs: [Option<u64>; VOLUMES as usize + 1],
     /// Meta datafiles committed, by volume.
     metas: [Vec<u64>; VOLUMES as usize + 1],
+    /// A record as it was before this client asked for a swap of it, by volume.
+    swapped: [Option<EncodingRecord>; VOLUMES as usize + 1],
 }
 
 impl Worker {
@@ -165,6 +169,7 @@ impl Worker {
             reads_only,
             epochs: [None; VOLUMES as usize + 1],
             metas: Default::default(),
+            swapped: Default::default(),
         }
     }
 
@@ -181,8 +186,13 @@ impl Worker {
 
     async fn choose(&mut self, volume: u8) -> Operation {
         let held = self.epochs[usize::from(volume)];
+        let stale = Operation::StaleRead {
+            seen: None,
+            age_ms: None,
+        };
         if self.reads_only {
-            return Operation::ReadVolume { seen: None };
+            let stale = self.random.random_bool(0.5).then_some(stale);
+            return stale.unwrap_or(Operation::ReadVolume { seen: None });
         }
         match (self.random.random_range(0..100), held) {
             (0..8, _) | (8..68, None) => Operation::AcquireLease {
@@ -194,14 +204,19 @@ impl Worker {
             (48..54, Some(epoch)) => Operation::RenewLease { epoch },
             (54..57, Some(epoch)) => Operation::ReleaseLease { epoch },
             (57..61, Some(epoch)) => self.release(volume, epoch),
-            (61..68, Some(_)) => match self.swap(volume).await {
+            (61..69, Some(_)) => match self.swap(volume).await {
                 Some(swap) => swap,
                 None => Operation::ListRecords { seen: None },
             },
-            (68..74, _) => Operation::SetQuota {
+            (69..72, _) => match self.report(volume).await {
+                Some(report) => report,
+                None => Operation::ListRecords { seen: None },
+            },
+            (72..76, _) | (68, None) => Operation::SetQuota {
                 bytes: self.numbers.attempt.fetch_add(1, Ordering::Relaxed),
             },
-            (74..80, _) => Operation::ListRecords { seen: None },
+            (76..82, _) => Operation::ListRecords { seen: None },
+            (82..85, _) => stale,
             _ => Operation::ReadVolume { seen: None },
         }
     }
@@ -247,17 +262,42 @@ impl Worker {
         }
     }
 
-    /// A swap made from a record as it is now, or, as rebuilds that overtake each other do, as it was.
-    async fn swap(&mut self, volume: u8) -> Option<Operation> {
+    /// One of a few records, again and again the same ones, so that those who change them meet.
+    async fn some_record(&mut self, volume: u8) -> Option<EncodingRecord> {
         let after = DatafileId(0);
         let listed = self.client.list_records(volume_id(volume), None, after, 50);
         let records = listed.await.ok()?;
-        // The same few again and again, so that they meet.
-        let record = records.get(..records.len().min(4))?;
-        let record = record.choose(&mut self.random)?;
+        let few = records.get(..records.len().min(4))?;
+        few.choose(&mut self.random).cloned()
+    }
+
+    /// Somebody found a shard damaged; perhaps one that has moved meanwhile.
+    async fn report(&mut self, volume: u8) -> Option<Operation> {
+        let record = self.some_record(volume).await?;
         let shard = self.random.random_range(0..record.shards.len());
-        let free = (1..=BACKENDS)
-            .find(|backend| !record.shards.iter().any(|s| s.backend.0 == *backend))?;
+        Some(Operation::ReportShard {
+            datafile: record.datafile.0,
+            shard: u32::try_from(shard).ok()?,
+            backend: record.shards[shard].backend.0,
+        })
+    }
+
+    /// A swap made from a record as it is now, or, as rebuilds that overtake each other do, as it was: often as this client itself has
+    /// swapped it.
+    async fn swap(&mut self, volume: u8) -> Option<Operation> {
+        let overtaken = self.swapped[usize::from(volume)].take();
+        let record = match overtaken {
+            Some(record) => record,
+            None => self.some_record(volume).await?,
+        };
+        if self.random.random_bool(0.7) {
+            self.swapped[usize::from(volume)] = Some(record.clone());
+        }
+        let shard = self.random.random_range(0..record.shards.len());
+        let free: Vec<u64> = (1..=BACKENDS)
+            .filter(|backend| !record.shards.iter().any(|s| s.backend.0 == *backend))
+            .collect();
+        let free = *free.choose(&mut self.random)?;
         if self.random.random_bool(0.5) {
             tokio::time::sleep(Duration::from_millis(150)).await;
         }
@@ -275,8 +315,13 @@ impl Worker {
         let key = key_of(volume);
         let bad_place = self.random.random_bool(0.05);
         let (client, number) = (self.client.clone(), self.number);
+        // Whoever it is, it answers by itself.
+        let at = self.random.random_range(0..NODES);
         let call = self.process.invoke(&key, operation.clone());
-        let result = ask(&client, number, volume, &operation, bad_place).await;
+        let result = match &operation {
+            Operation::StaleRead { .. } => stale_read(&self.world, number, at, volume).await,
+            _ => ask(&client, number, volume, &operation, bad_place).await,
+        };
         let text = match &result {
             Ok(done) => format!("ok {done:?}"),
             Err(error) => format!("{operation:?}: {error}"),
@@ -335,6 +380,37 @@ fn record(volume: u8, datafile: &Datafile, epoch: u64, bad_place: bool) -> Encod
         shards: shards.collect(),
         version: 0,
     }
+}
+
+fn corrupt(volume: VolumeId, datafile: u64, shard: u32, backend: u64) -> Mutation {
+    let report = ShardReport {
+        volume,
+        datafile: DatafileId(datafile),
+        shard,
+        backend: BackendId(backend),
+        state: ShardState::Corrupt,
+        by_scrub: false,
+    };
+    Mutation::ReportShards {
+        reports: vec![report],
+    }
+}
+
+/// What one node knows of a volume, and how old that is at most.
+async fn stale_read(
+    world: &World,
+    number: u64,
+    at: usize,
+    volume: u8,
+) -> Result<Operation, MetadError> {
+    let name = world.nodes.lock()[at].name.clone();
+    let number = u8::try_from(number).unwrap_or(0);
+    let (client, observed) = client_of(vec![address(&name)], number).stale().observed();
+    let found = client.volume_by_id(volume_id(volume)).await?;
+    Ok(Operation::StaleRead {
+        seen: Some(volume_seen(&found)),
+        age_ms: observed.freshness().and_then(|fresh| fresh.age_ms),
+    })
 }
 
 async fn ask(
@@ -415,7 +491,12 @@ async fn ask(
             to: BackendId(*to),
             version: *version,
         },
-        Operation::CreateVolume { .. } | Operation::DeleteVolume => {
+        Operation::ReportShard {
+            datafile,
+            shard,
+            backend,
+        } => corrupt(id, *datafile, *shard, *backend),
+        Operation::CreateVolume { .. } | Operation::DeleteVolume | Operation::StaleRead { .. } => {
             return Err(MetadError::Invalid("not part of this workload".into()));
         }
     };

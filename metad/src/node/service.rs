@@ -206,7 +206,10 @@ impl MetadService for Service {
                 let applied = self.consensus.machine().raft_row().applied;
                 Ok(Freshness {
                     applied: applied.map_or(0, |id| id.index),
-                    age_ms: age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+                    // At most: a part of a millisecond is a whole one.
+                    age_ms: age.map(|age| {
+                        u64::try_from(age.as_micros().div_ceil(1_000)).unwrap_or(u64::MAX)
+                    }),
                 })
             }
         }

@@ -128,7 +128,13 @@ fn check_versions(key: &str, calls: &[Call<'_>], volume: &FinalVolume) -> Result
         }
         let tried: Vec<_> = calls.iter().filter(of_record).collect();
         let done = tried.iter().filter(|call| call.is_ok()).count() as u64;
-        let most = tried.iter().filter(|call| call.may_have_effect()).count() as u64;
+        // A report may be a version too, if the shard was there and well.
+        let reported = calls.iter().filter(|call| match call.operation() {
+            Operation::ReportShard { datafile, .. } => *datafile == id && call.may_have_effect(),
+            _ => false,
+        });
+        let most = tried.iter().filter(|call| call.may_have_effect()).count() as u64
+            + reported.count() as u64;
         if !(done..=most).contains(&record.version) {
             let what = format!(
                 "datafile {id} of volume {key} has version {} after {done} to {most} swaps",

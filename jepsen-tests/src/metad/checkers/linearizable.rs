@@ -12,7 +12,7 @@ use super::{Call, Summary, Violation, by_key, requests};
 use crate::metad::history::{
     Event, Failure, HeadSeen, Kind, Operation, Reason, RecordSeen, VolumeSeen,
 };
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 const NAME: &str = "linearizable";
 
@@ -39,8 +39,39 @@ struct Model {
     held: bool,
     head: HeadSeen,
     quota_bytes: u64,
-    /// Attempt and version by datafile.
-    records: BTreeMap<u64, (u64, u64)>,
+    records: BTreeMap<u64, Record>,
+}
+
+/// What is known of a record.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+struct Record {
+    attempt: u64,
+    version: u64,
+    /// Where shards are that have moved.
+    moved: BTreeMap<u32, u64>,
+    /// Shards that were reported.
+    bad: BTreeSet<u32>,
+}
+
+impl Record {
+    /// `None`: not from this version.
+    fn swap(&mut self, from: u64, shard: u32, to: u64) -> Option<()> {
+        if self.version != from {
+            return None;
+        }
+        self.version += 1;
+        self.moved.insert(shard, to);
+        self.bad.remove(&shard);
+        Some(())
+    }
+
+    /// Of a shard that is still there and was well. One that nobody has moved is where whoever reports it saw it.
+    fn report(&mut self, shard: u32, backend: u64) {
+        let there = self.moved.get(&shard).is_none_or(|at| *at == backend);
+        if there && self.bad.insert(shard) {
+            self.version += 1;
+        }
+    }
 }
 
 impl Model {
@@ -59,10 +90,10 @@ impl Model {
 
     fn listed(&self) -> Vec<RecordSeen> {
         let records = self.records.iter();
-        let seen = records.map(|(datafile, (attempt, version))| RecordSeen {
+        let seen = records.map(|(datafile, record)| RecordSeen {
             datafile: *datafile,
-            attempt: *attempt,
-            version: *version,
+            attempt: record.attempt,
+            version: record.version,
         });
         seen.collect()
     }
@@ -110,8 +141,11 @@ impl Model {
             } => {
                 for datafile in datafiles {
                     let row = next.records.entry(datafile.id);
-                    let (attempt, _) = *row.or_insert((datafile.attempt, 0));
-                    if attempt != datafile.attempt {
+                    let new = || Record {
+                        attempt: datafile.attempt,
+                        ..Record::default()
+                    };
+                    if row.or_insert_with(new).attempt != datafile.attempt {
                         return None;
                     }
                 }
@@ -129,17 +163,27 @@ impl Model {
                 datafile,
                 version,
                 swapped,
+                shard,
+                to,
                 ..
             } => {
-                let (_, current) = next.records.get_mut(datafile)?;
-                if current != version {
-                    return None;
-                }
-                *current += 1;
-                if swapped.is_some_and(|told| told != *current) {
+                let record = next.records.get_mut(datafile)?;
+                record.swap(*version, *shard, *to)?;
+                if swapped.is_some_and(|told| told != record.version) {
                     return None;
                 }
             }
+            Operation::ReportShard {
+                datafile,
+                shard,
+                backend,
+            } => {
+                if let Some(record) = next.records.get_mut(datafile) {
+                    record.report(*shard, *backend);
+                }
+            }
+            // How old it may be is `staleness`' to judge.
+            Operation::StaleRead { .. } => {}
             Operation::ReadVolume { seen } => {
                 if seen.as_ref().is_some_and(|seen| *seen != self.seen()) {
                     return None;
@@ -171,7 +215,7 @@ impl Model {
             (Reason::VersionConflict, Some(current)) => match operation {
                 Operation::SwapShard { datafile, .. } => {
                     let record = self.records.get(datafile);
-                    record.is_some_and(|(_, version)| *version == current)
+                    record.is_some_and(|record| record.version == current)
                 }
                 _ => false,
             },
@@ -182,6 +226,9 @@ impl Model {
 
 /// Does the end of a call say nothing, so that the search need not place it?
 fn says_nothing(call: &Call<'_>) -> bool {
+    if matches!(call.invoke.operation, Operation::StaleRead { .. }) {
+        return true;
+    }
     match call.kind() {
         Kind::Ok | Kind::Invoke => false,
         Kind::Fail => call

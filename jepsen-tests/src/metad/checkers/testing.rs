@@ -104,6 +104,7 @@ fn asked(operation: &Operation) -> Operation {
         Operation::AcquireLease { epoch, .. } => *epoch = None,
         Operation::SwapShard { swapped, .. } => *swapped = None,
         Operation::ReadVolume { seen } => *seen = None,
+        Operation::StaleRead { seen, age_ms } => (*seen, *age_ms) = (None, None),
         Operation::ListRecords { seen } => *seen = None,
         _ => {}
     }
