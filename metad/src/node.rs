@@ -352,9 +352,16 @@ pub(crate) async fn run(
     shutdown: CancellationToken,
 ) -> Result<(), NodeError> {
     let path = dir.path().to_owned();
-    room::check(&path)?;
-    let ended = run_on(dir, listener, shutdown).await;
-    ended.map_err(|error| room::name(error, &path))
+    room::to_start(&path, &shutdown).await?;
+    let ended = run_on(dir, listener, shutdown.clone()).await;
+    let ended = ended.map_err(|error| room::name(error, &path));
+    if let Err(error) = &ended
+        && room::is_full(error)
+    {
+        // Also what ended before it had peers to tell.
+        room::to_resume(&path, &shutdown).await?;
+    }
+    ended
 }
 
 async fn run_on(
@@ -418,6 +425,13 @@ async fn run_on(
     let flushed = tokio::task::spawn_blocking(move || machine.flush()).await;
     if let Ok(Err(error)) = flushed {
         tracing::warn!(%error, "the state was not flushed; the log will bring it up to date");
+    }
+    let ended = ended.map_err(|error| room::name(error, dir.path()));
+    if let Err(error) = &ended
+        && room::is_full(error)
+    {
+        tracing::error!(%error, "this metad stops");
+        room::to_begin_anew(dir.path(), &core, &shutdown).await?;
     }
     ended
 }

@@ -86,8 +86,8 @@ pub(crate) const FINDINGS: &[(&str, &str, &str)] = &[
     ),
     (
         "METAD_DISK_FULL",
-        "The disk under a metad's data directory is nearly full. Without room for its log the node stops; nothing acknowledged is lost.",
-        "Make room on that disk, or stop the node, move its data directory to a larger one, and serve from there.",
+        "The disk under a metad's data directory is full or nearly so. Without room for its log the node takes no part; nothing acknowledged is lost.",
+        "Make room on that disk: the node goes on by itself. Or stop it, move its data directory to a larger disk, and serve from there.",
     ),
     (
         "METAD_VERSIONS",

@@ -9,10 +9,11 @@ use crate::token::TokenArgument;
 use crate::{signals, units};
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use qsfs_metad::{BootstrapOptions, JoinOptions, ServeOptions};
+use qsfs_metad::{BootstrapOptions, JoinOptions, NodeError, ServeOptions};
 use qsfs_proto::api::ClusterSettings;
 use qsfs_zstor::id::{LocationName, NodeName};
 use std::net::SocketAddr;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -170,8 +171,39 @@ pub(crate) async fn run(command: MetadCommand, cluster: Option<&Path>) -> anyhow
 }
 
 async fn serve(data: PathBuf) -> anyhow::Result<()> {
-    qsfs_metad::serve(ServeOptions { data }, signals::shutdown()?).await?;
-    Ok(())
+    let shutdown = signals::shutdown()?;
+    let options = ServeOptions { data: data.clone() };
+    let ended = qsfs_metad::serve(options, shutdown.clone()).await;
+    match ended {
+        Err(NodeError::Full { .. }) if !shutdown.is_cancelled() => Err(begin_anew(&data)),
+        ended => Ok(ended?),
+    }
+}
+
+/// This program once more in place of this process, which keeps nothing but its number, its standard streams and its environment.
+/// Returns only if that fails.
+fn begin_anew(data: &Path) -> anyhow::Error {
+    let program = match std::env::current_exe() {
+        Ok(program) => program,
+        Err(error) => return anyhow::Error::new(error).context("finding this program"),
+    };
+    let mut command = std::process::Command::new(program);
+    let arguments: Vec<String> = std::env::args().collect();
+    let level = arguments
+        .iter()
+        .position(|argument| argument == "--log-level");
+    command.args(
+        level
+            .and_then(|at| arguments.get(at..at + 2))
+            .unwrap_or_default(),
+    );
+    command.args(
+        arguments
+            .iter()
+            .filter(|argument| argument.starts_with("--log-level=")),
+    );
+    command.args(["metad", "serve", "--data"]).arg(data);
+    anyhow::Error::new(command.exec()).context("starting this metad again")
 }
 
 async fn bootstrap(

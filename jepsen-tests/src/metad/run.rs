@@ -435,10 +435,8 @@ impl Run {
                 self.arena.resume(of);
                 Ok(())
             }
-            Fault::FullDisk(_) => {
-                self.arena.free(of)?;
-                self.arena.serve(of)
-            }
+            // It goes on by itself.
+            Fault::FullDisk(_) => self.arena.free(of),
             Fault::FiveVoters => self.shrink(),
             _ => Ok(()),
         }

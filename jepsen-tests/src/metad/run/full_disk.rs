@@ -9,70 +9,77 @@ const TERM_WITHIN: Duration = Duration::from_secs(5);
 
 impl Run {
     /// A running node meets the end of its disk at a new term, which it must write down (its log has room set aside, which lasts
-    /// longer than a run); and once more when it is started while nothing was given back.
+    /// longer than a run); and once more when it is killed and started while nothing was given back. Each time it must say so and
+    /// wait; nobody starts it when there is room again.
     pub(super) fn fill(&mut self, of: usize) -> anyhow::Result<()> {
         let deadline = Instant::now() + HEALED_WITHIN;
-        while !self.is_dead(of)? {
+        let from = self.arena.log_bytes(of);
+        while !self.waits_for_room(of, from)? {
             if Instant::now() > deadline {
                 let name = self.arena.name(of);
                 bail!("{name} goes on for {HEALED_WITHIN:?} with not a byte left on its disk");
             }
             self.arena.fill(of)?;
-            self.force_term(of)?;
+            self.force_term(of, from)?;
         }
-        self.named_full_disk(of, "ran", 0)?;
-        let before = self.arena.log_bytes(of);
+        self.full += 1;
+        let from = self.arena.log_bytes(of);
+        self.arena.kill(of)?;
         self.arena.fill(of)?;
         self.arena.serve(of)?;
-        while !self.is_dead(of)? {
+        while !self.waits_for_room(of, from)? {
             if Instant::now() > deadline {
                 let name = self.arena.name(of);
-                bail!("{name} was started with not a byte left on its disk, and did not end");
+                bail!("{name} was started with not a byte left on its disk, and did not say so");
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        self.named_full_disk(of, "was started", before)
+        self.full += 1;
+        Ok(())
     }
 
-    fn is_dead(&mut self, of: usize) -> anyhow::Result<bool> {
-        Ok(self.arena.dead()?.iter().any(|(number, _)| *number == of))
+    /// Has it said, behind so many bytes of its log, that its disk is full and which, and what to do? An end of the process without a
+    /// clear word is trouble.
+    fn waits_for_room(&mut self, of: usize, from: usize) -> anyhow::Result<bool> {
+        let said = self.arena.log_from(of, from);
+        let data = self.arena.data(of);
+        let wanted = [
+            "is full",
+            "takes no part",
+            "make room",
+            &data.to_string_lossy(),
+        ];
+        if said
+            .lines()
+            .any(|line| wanted.iter().all(|word| line.contains(word)))
+        {
+            return Ok(true);
+        }
+        if self.arena.dead()?.iter().any(|(number, _)| *number == of) {
+            let name = self.arena.name(of);
+            let last = said.lines().last().unwrap_or_default();
+            bail!("{name} ended on a full disk instead of waiting for room: {last}");
+        }
+        Ok(false)
     }
 
     /// Lets the others, or it, see the leader silent until there is a new term that the node has to write down.
-    fn force_term(&mut self, of: usize) -> anyhow::Result<()> {
+    fn force_term(&mut self, of: usize, from: usize) -> anyhow::Result<()> {
         let Some(leader) = self.leader() else {
             std::thread::sleep(Duration::from_millis(50));
             return Ok(());
         };
         self.arena.pause(leader);
         let deadline = Instant::now() + TERM_WITHIN;
-        while Instant::now() < deadline && !self.is_dead(of)? {
+        while Instant::now() < deadline && !self.waits_for_room(of, from)? {
             if leader == of && self.leader().is_some_and(|next| next != of) {
                 break;
             }
             std::thread::sleep(Duration::from_millis(20));
         }
         self.arena.resume(leader);
-        while Instant::now() < deadline && !self.is_dead(of)? {
+        while Instant::now() < deadline && !self.waits_for_room(of, from)? {
             std::thread::sleep(Duration::from_millis(20));
-        }
-        Ok(())
-    }
-
-    /// It ended: because its disk is full, and it said which disk and what to do. `from`: bytes of its log that are older.
-    fn named_full_disk(&mut self, of: usize, when: &str, from: usize) -> anyhow::Result<()> {
-        self.arena.kill(of)?;
-        let said = self.arena.log_from(of, from);
-        let last = said.lines().last().unwrap_or_default();
-        let data = self.arena.data(of);
-        let wanted = ["is full", "make room", &data.to_string_lossy()];
-        if wanted.iter().all(|word| last.contains(word)) {
-            self.full += 1;
-        } else {
-            let name = self.arena.name(of);
-            self.trouble.push(format!(
-                "{name} {when} on a full disk and ended without a clear word: {last}"
-            ));
         }
         Ok(())
     }

@@ -123,7 +123,7 @@ fn disk(member: &Member, facts: &NodeFacts, found: &mut Vec<Finding>) {
         _ => StatusVerdict::Warning,
     };
     let text = format!(
-        "the disk of metad {} has {} MiB left of {}: without room for its log it stops; make room, or move its data directory",
+        "the disk of metad {} has {} MiB left of {}: without room for its log it takes no part; make room, or move its data directory",
         member.name,
         free >> 20,
         all >> 20
