@@ -243,7 +243,8 @@ impl<'a> Actor<'a> {
     async fn act_on_any(&mut self, volume: &Known, choice: u32) {
         match choice {
             0..4 => self.set_quota(volume).await,
-            4..7 => self.read(volume).await,
+            4..6 => self.read(volume).await,
+            6 => self.read_stale(volume).await,
             7..9 => self.list(volume).await,
             _ => self.swap(volume).await,
         }
@@ -457,6 +458,27 @@ impl<'a> Actor<'a> {
             Ok(found) => {
                 let seen = Some(volume_seen(&found));
                 call.end(Ok(Operation::ReadVolume { seen }));
+            }
+            Err(error) => {
+                call.end(Err(&error));
+            }
+        }
+    }
+
+    /// What some node knows by itself, and how old that is at most.
+    async fn read_stale(&mut self, volume: &Known) {
+        let asked = Operation::StaleRead {
+            seen: None,
+            age_ms: None,
+        };
+        let call = self.process.invoke(&volume.key, asked);
+        let (client, observed) = self.client.stale().observed();
+        match client.volume_by_id(volume.id).await {
+            Ok(found) => {
+                call.end(Ok(Operation::StaleRead {
+                    seen: Some(volume_seen(&found)),
+                    age_ms: observed.freshness().and_then(|fresh| fresh.age_ms),
+                }));
             }
             Err(error) => {
                 call.end(Err(&error));
