@@ -4,7 +4,7 @@
 //! `... load -- ADDRESS all DIR [SECONDS]`: all of it in one run, in turns with what the disk of DIR does alone, with the ratios; `... load --
 //! ADDRESS compact [ROUNDS]`: what a SET waits for while there is nothing to compact and while there is (serve with `--datasize 16MiB`).
 //!
-//! `... load -- DIR serve` serves DIR at 127.0.0.1:9911 until it is killed, where `qsfs zdb serve` is not built.
+//! `... load -- DIR serve [ADDRESS [MIB]]` serves DIR, at 127.0.0.1:9911 with datafiles of 256 MiB, until it is killed, where `qsfs zdb serve` is not built.
 //!
 //! Lean, because client and server share the machine: answers have a known length, so they are counted and not parsed. What GET asks for is set
 //! before the clock runs.
@@ -17,7 +17,7 @@
 use qsfs_zdb::engine::{Engine, EngineOptions};
 use qsfs_zdb::server::ServerConfig;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{IoSlice, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -28,6 +28,8 @@ use tokio_util::sync::CancellationToken;
 const KEYS: usize = 20_000;
 /// Bytes that all values may take, so that a large size does not fill the disk.
 const VALUES_BYTES_MAX: usize = 256 << 20;
+/// Requests are joined in a buffer up to so many bytes; larger values are sent from where they are.
+const JOINED_BYTES_MAX: usize = 64 << 10;
 
 #[derive(Clone, Copy)]
 struct Load {
@@ -37,7 +39,8 @@ struct Load {
     keys: usize,
 }
 
-fn push_request(
+/// A request up to its value's bytes, which are made distinct, so that nothing is unchanged.
+fn push_head(
     request: &mut Vec<u8>,
     load: Load,
     connection: usize,
@@ -52,11 +55,20 @@ fn push_request(
     };
     write!(request, "{command}\r\n${}\r\n{key}\r\n", key.len()).unwrap();
     if load.set {
-        // Distinct, so that nothing is unchanged.
         value[..8].copy_from_slice(&number.to_le_bytes());
         write!(request, "${}\r\n", value.len()).unwrap();
-        request.extend_from_slice(value);
-        request.extend_from_slice(b"\r\n");
+    }
+}
+
+/// All of them, in one write where the socket has room.
+fn write_all_parts(stream: &mut TcpStream, parts: [&[u8]; 3]) {
+    let mut slices = parts.map(IoSlice::new);
+    let mut rest = &mut slices[..];
+    IoSlice::advance_slices(&mut rest, 0);
+    while !rest.is_empty() {
+        let written = stream.write_vectored(rest).unwrap();
+        assert!(written > 0, "the server closed the connection");
+        IoSlice::advance_slices(&mut rest, written);
     }
 }
 
@@ -94,20 +106,28 @@ impl Client {
         let (mut sent, mut received) = (0, 0_usize);
         loop {
             let answered = received / answer_bytes;
-            let go_on = more(sent);
-            if !go_on && answered == sent {
+            if answered == sent && !more(sent) {
                 return answered;
             }
-            request.clear();
-            while go_on && sent < answered + load.depth {
-                push_request(&mut request, load, self.connection, sent, &mut value);
+            // All that may be under way, before an answer is waited for. Neither side waits for the other's buffers: either the
+            // requests are short, or the answers are.
+            while sent < answered + load.depth && more(sent) {
+                push_head(&mut request, load, self.connection, sent, &mut value);
                 sent += 1;
-                // A part at a time, so that neither side waits for the other's buffers.
-                if request.len() > 1 << 20 {
-                    break;
+                if set && load.bytes > JOINED_BYTES_MAX {
+                    write_all_parts(&mut self.stream, [&request, &value, b"\r\n"]);
+                    request.clear();
+                } else if set {
+                    request.extend_from_slice(&value);
+                    request.extend_from_slice(b"\r\n");
+                }
+                if request.len() > JOINED_BYTES_MAX {
+                    self.stream.write_all(&request).unwrap();
+                    request.clear();
                 }
             }
             self.stream.write_all(&request).unwrap();
+            request.clear();
             let count = self.stream.read(&mut buffer).unwrap();
             assert!(count > 0, "the server closed the connection");
             if received == 0 {
@@ -289,7 +309,9 @@ fn latencies(address: &str, keys: std::ops::Range<usize>, keys_in_all: usize) ->
     let (mut request, mut answer) = (Vec::new(), [0; 21]);
     keys.map(|number| {
         request.clear();
-        push_request(&mut request, load, 0, number, &mut value);
+        push_head(&mut request, load, 0, number, &mut value);
+        request.extend_from_slice(&value);
+        request.extend_from_slice(b"\r\n");
         let began = Instant::now();
         client.stream.write_all(&request).unwrap();
         client.stream.read_exact(&mut answer).unwrap();
@@ -328,17 +350,16 @@ fn compact(address: &str, rounds: usize) {
     );
 }
 
-fn serve(dir: &Path) {
+fn serve(dir: &Path, address: &str, datafile_mib: u64) {
     let engine = Engine::open(EngineOptions {
         root: Some(dir.to_owned()),
+        datafile_bytes: datafile_mib << 20,
         ..EngineOptions::default()
     });
     let engine = Arc::new(engine.unwrap());
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:9911")
-            .await
-            .unwrap();
+        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         let config = ServerConfig::default();
         let served =
             qsfs_zdb::server::serve(listener, engine, config, CancellationToken::new()).await;
@@ -357,7 +378,8 @@ fn main() {
         panic!("say where and what: ADDRESS set|get|all|compact, or DIR fsync|serve");
     };
     if what == "serve" {
-        return serve(Path::new(place));
+        let address = arguments.get(2).map_or("127.0.0.1:9911", String::as_str);
+        return serve(Path::new(place), address, number(3, 256) as u64);
     }
     if what == "all" {
         let dir = arguments
