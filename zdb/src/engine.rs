@@ -33,6 +33,7 @@ mod threads;
 
 pub use entry::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
 pub use lifecycle::Jump;
+pub(crate) use namespace::Caller;
 pub use namespace::{KeyPage, KeyStat, Namespace, NamespaceOptions, Usage};
 pub(crate) use queue::Answer;
 pub use read::{KeyVersion, RawEntry};

@@ -53,6 +53,15 @@ impl NamespaceOptions {
     }
 }
 
+/// How an operation's answer is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Caller {
+    /// Nothing else of this client is under way or has arrived: its task may wait for the disk.
+    Alone,
+    /// It goes on meanwhile.
+    Busy,
+}
+
 /// Counters of a namespace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Usage {
@@ -213,25 +222,28 @@ impl Namespace {
     /// Set a key; durable when this returns. `None` if the value was the same already, else the key (in sequential mode the new one).
     pub async fn set(&self, key: &[u8], value: Bytes) -> Result<Option<Bytes>, EngineError> {
         let key = Bytes::copy_from_slice(key);
-        self.submit_set(key, value, None)?.stored().await
+        self.submit_set(key, value, None, Caller::Busy)?
+            .stored()
+            .await
     }
 
     /// Delete a key; `false` if there was none. Durable when this returns.
     pub async fn delete(&self, key: &[u8]) -> Result<bool, EngineError> {
         let key = Bytes::copy_from_slice(key);
-        match self.submit_delete(key, None)?.deleted().await {
+        match self.submit_delete(key, None, Caller::Busy)?.deleted().await {
             Ok(()) => Ok(true),
             Err(EngineError::KeyNotFound) => Ok(false),
             Err(error) => Err(error),
         }
     }
 
-    /// Put a SET in the queue.
+    /// Put a SET in the queue, or carry it out.
     pub(crate) fn submit_set(
         &self,
         key: Bytes,
         value: Bytes,
         timestamp: Option<u32>,
+        caller: Caller,
     ) -> Result<Answer, EngineError> {
         let sequential = self.shared.settings.read().mode == Mode::Sequential;
         if key.len() > KEY_BYTES_MAX || (key.is_empty() && !sequential) {
@@ -241,29 +253,31 @@ impl Namespace {
             return Err(EngineError::ValueSize { bytes: value.len() });
         }
         let crc = crc32fast::hash(&value);
-        self.submit(Operation {
-            key,
-            action: Action::Set {
-                value,
-                crc,
-                timestamp,
-            },
-        })
+        let action = Action::Set {
+            value,
+            crc,
+            timestamp,
+        };
+        self.submit(Operation { key, action }, caller)
     }
 
-    /// Put a DEL in the queue.
+    /// Put a DEL in the queue, or carry it out.
     pub(crate) fn submit_delete(
         &self,
         key: Bytes,
         timestamp: Option<u32>,
+        caller: Caller,
     ) -> Result<Answer, EngineError> {
-        self.submit(Operation {
-            key,
-            action: Action::Delete { timestamp },
-        })
+        let action = Action::Delete { timestamp };
+        self.submit(Operation { key, action }, caller)
     }
 
-    fn submit(&self, operation: Operation) -> Result<Answer, EngineError> {
+    fn submit(&self, operation: Operation, caller: Caller) -> Result<Answer, EngineError> {
+        if caller == Caller::Alone
+            && let Some(outcome) = self.shared.commit_here(&operation)
+        {
+            return Ok(Answer::known(outcome));
+        }
         self.shared.queue.submit(operation)
     }
 

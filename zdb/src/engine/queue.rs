@@ -5,12 +5,16 @@ use super::commit::{Done, Operation};
 use bytes::Bytes;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 /// Operations and bytes of one commit.
 const BATCH_OPERATIONS_MAX: usize = 4096;
 const BATCH_BYTES_MAX: usize = 4 << 20;
+
+/// So many commits in a row without company make a client one that is alone.
+const ALONE_COMMITS: u32 = 8;
 
 /// How long the queue is looked at before waiting to be woken.
 const LOOK_OUT: Duration = Duration::from_micros(40);
@@ -26,6 +30,16 @@ struct Waiting {
 struct State {
     waiting: VecDeque<Waiting>,
     closed: bool,
+    /// Somebody carries operations out: the commit thread, or a client's.
+    taken: bool,
+    /// The commit thread waits for the turn.
+    wanted: bool,
+    /// The commit thread sleeps until something comes, for good.
+    asleep: bool,
+    /// A client's thread committed something that the commit thread does not know of.
+    unattended: bool,
+    /// When the turn was last given back.
+    last: Option<Instant>,
 }
 
 /// Operations in the order in which they came.
@@ -33,6 +47,8 @@ struct State {
 pub(super) struct Queue {
     state: Mutex<State>,
     wake: Condvar,
+    /// Commits of one operation in a row behind which nobody waited.
+    alone: AtomicU32,
 }
 
 /// Operations to commit together, and who waits for each.
@@ -50,11 +66,49 @@ impl Batch {
     }
 }
 
+/// The right to carry out operations; given back when it is dropped.
+pub(super) struct Turn<'a> {
+    queue: &'a Queue,
+    /// It is a client's.
+    of_client: bool,
+    /// Nobody else had anything to commit meanwhile, as far as is known.
+    alone: bool,
+}
+
+impl Turn<'_> {
+    /// Others have something under way.
+    pub(super) fn has_company(&mut self) {
+        self.alone = false;
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut state = self.queue.state.lock();
+        state.taken = false;
+        state.last = Some(Instant::now());
+        state.unattended |= self.of_client;
+        let alone = &self.queue.alone;
+        let so_far = alone.load(Ordering::Relaxed);
+        let company = !self.alone || !state.waiting.is_empty();
+        let now = if company { 0 } else { so_far.saturating_add(1) };
+        alone.store(now, Ordering::Relaxed);
+        let asleep = std::mem::take(&mut state.asleep);
+        let wakes = std::mem::take(&mut state.wanted) || asleep || !state.waiting.is_empty();
+        drop(state);
+        if wakes {
+            self.queue.wake.notify_one();
+        }
+    }
+}
+
 /// Why waiting for operations ended.
-pub(super) enum Next {
-    Batch(Batch),
+pub(super) enum Next<'a> {
+    Batch(Batch, Turn<'a>),
     /// Nothing came until then.
     TimedOut,
+    /// Nothing came, but something was committed elsewhere.
+    Elsewhere,
     Closed,
 }
 
@@ -68,7 +122,7 @@ impl Queue {
         state.waiting.push_back(Waiting { operation, answer });
         drop(state);
         self.wake.notify_one();
-        Ok(Answer(waits))
+        Ok(Answer(Known::Later(waits)))
     }
 
     /// Does nobody wait to be committed?
@@ -82,28 +136,71 @@ impl Queue {
         self.wake.notify_all();
     }
 
-    /// The next batch; waits until then (`None`: until there is one).
-    pub(super) fn next(&self, until: Option<Instant>) -> Next {
+    /// When operations were last carried out.
+    pub(super) fn last_commit(&self) -> Option<Instant> {
+        self.state.lock().last
+    }
+
+    /// Has one client been the only one for a while?
+    pub(super) fn has_one(&self) -> bool {
+        self.alone.load(Ordering::Relaxed) >= ALONE_COMMITS
+    }
+
+    /// The turn, for a client that has been the only one for a while, so that handing over to the commit thread gains nothing.
+    pub(super) fn turn_of_one(&self) -> Option<Turn<'_>> {
         let mut state = self.state.lock();
-        if state.waiting.is_empty() && !state.closed {
+        if !self.has_one() || !state.waiting.is_empty() || state.taken || state.closed {
+            return None;
+        }
+        state.taken = true;
+        Some(Turn {
+            queue: self,
+            of_client: true,
+            alone: true,
+        })
+    }
+
+    /// The next batch, with the turn to carry it out; waits until then (`None`: until there is one). For the commit thread alone.
+    pub(super) fn next(&self, until: Option<Instant>) -> Next<'_> {
+        let mut state = self.state.lock();
+        if state.waiting.is_empty() && !state.closed && !state.taken {
             MutexGuard::unlocked(&mut state, || self.look_out());
         }
-        while state.waiting.is_empty() {
+        loop {
+            if state.taken {
+                state.wanted = true;
+                self.wake.wait(&mut state);
+                continue;
+            }
+            if !state.waiting.is_empty() {
+                break;
+            }
             if state.closed {
                 return Next::Closed;
             }
             match until {
-                None => self.wake.wait(&mut state),
                 Some(until) => {
-                    if self.wake.wait_until(&mut state, until).timed_out()
-                        && state.waiting.is_empty()
-                    {
+                    let ended = self.wake.wait_until(&mut state, until);
+                    if ended.timed_out() && state.waiting.is_empty() {
                         return Next::TimedOut;
                     }
                 }
+                None if std::mem::take(&mut state.unattended) => return Next::Elsewhere,
+                None => {
+                    state.asleep = true;
+                    self.wake.wait(&mut state);
+                    state.asleep = false;
+                }
             }
         }
-        Next::Batch(take_batch(&mut state))
+        state.taken = true;
+        let batch = take_batch(&mut state);
+        let turn = Turn {
+            queue: self,
+            of_client: false,
+            alone: batch.operations.len() == 1,
+        };
+        Next::Batch(batch, turn)
     }
 }
 
@@ -114,7 +211,7 @@ impl Queue {
         while began.elapsed() < LOOK_OUT {
             std::thread::yield_now();
             let state = self.state.lock();
-            if !state.waiting.is_empty() || state.closed {
+            if !state.waiting.is_empty() || state.closed || state.taken {
                 return;
             }
         }
@@ -141,16 +238,26 @@ fn take_batch(state: &mut MutexGuard<'_, State>) -> Batch {
     batch
 }
 
-/// The answer to something in the queue.
-pub(crate) struct Answer(oneshot::Receiver<Outcome>);
+/// The answer to an operation.
+pub(crate) struct Answer(Known);
+
+enum Known {
+    Already(Option<Outcome>),
+    Later(oneshot::Receiver<Outcome>),
+}
 
 impl Answer {
-    /// Wait for a SET: the key, or `None` if the value was the same already.
+    pub(super) fn known(outcome: Outcome) -> Self {
+        Self(Known::Already(Some(outcome)))
+    }
+
+    /// Wait for a SET: the key, or `None` if the value was the same already. To be asked once.
     pub(crate) async fn stored(&mut self) -> Result<Option<Bytes>, EngineError> {
-        match (&mut self.0).await {
-            Ok(outcome) => outcome.map(Done::key),
-            Err(_) => Err(EngineError::Closed),
-        }
+        let outcome = match &mut self.0 {
+            Known::Already(outcome) => outcome.take(),
+            Known::Later(waits) => waits.await.ok(),
+        };
+        outcome.unwrap_or(Err(EngineError::Closed)).map(Done::key)
     }
 
     /// Wait for a DEL.
@@ -160,10 +267,14 @@ impl Answer {
 
     /// As [`Answer::stored`], if it is known already.
     pub(crate) fn try_stored(&mut self) -> Option<Result<Option<Bytes>, EngineError>> {
-        match self.0.try_recv() {
-            Ok(outcome) => Some(outcome.map(Done::key)),
-            Err(oneshot::error::TryRecvError::Empty) => None,
-            Err(oneshot::error::TryRecvError::Closed) => Some(Err(EngineError::Closed)),
-        }
+        let outcome = match &mut self.0 {
+            Known::Already(outcome) => outcome.take(),
+            Known::Later(waits) => match waits.try_recv() {
+                Ok(outcome) => Some(outcome),
+                Err(oneshot::error::TryRecvError::Empty) => return None,
+                Err(oneshot::error::TryRecvError::Closed) => None,
+            },
+        };
+        Some(outcome.unwrap_or(Err(EngineError::Closed)).map(Done::key))
     }
 }

@@ -1,5 +1,6 @@
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+mod alone;
 mod crash;
 mod faults;
 mod history;

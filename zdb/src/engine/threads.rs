@@ -1,7 +1,8 @@
 //! The threads of a namespace: one commits; one, once large values come fast, syncs what the first has appended; one, while there is something to do, makes snapshots and compacts.
 
+use super::commit::{Operation, Outcome};
 use super::pipeline::Pipeline;
-use super::queue::{Batch, Next, Queue};
+use super::queue::{Batch, Next, Queue, Turn};
 use super::settings::NamespaceSettings;
 use super::store::Store;
 use super::{EngineError, SyncPolicy};
@@ -10,10 +11,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::sync::Semaphore;
 
 /// A smaller batch is appended in no time: its sync gains nothing from being done elsewhere. Where datafiles are small, so is what is large.
 const PIPELINED_BYTES: u64 = 512 << 10;
 const PIPELINED_PART: u64 = 16;
+/// Threads of the runtime that may wait for disks.
+static WAITING_HERE: Semaphore = Semaphore::const_new(4);
 /// A namespace without writes for this long marks its datafile.
 const IDLE_AFTER: Duration = Duration::from_millis(500);
 /// Compaction rests this many times as long as it worked, so that the disk is mostly free for what is written meanwhile.
@@ -132,17 +137,21 @@ impl Shared {
         loop {
             match self.queue.next(sync_at.or(idle_at)) {
                 Next::Closed => break,
-                Next::Batch(batch) => {
-                    self.commit(batch, &mut syncer);
+                Next::Batch(batch, turn) => {
+                    self.commit(batch, turn, &mut syncer);
                     let now = Instant::now();
                     sync_at = sync_at.or(interval.map(|interval| now + interval));
                     idle_at = Some(now + IDLE_AFTER);
                 }
                 Next::TimedOut if sync_at.is_none() => {
-                    idle_at = None;
-                    self.store.idle();
+                    let last = self.queue.last_commit().map(|last| last + IDLE_AFTER);
+                    idle_at = last.filter(|due| *due > Instant::now());
+                    if idle_at.is_none() {
+                        self.store.idle();
+                    }
                 }
                 Next::TimedOut => {}
+                Next::Elsewhere => idle_at = Some(Instant::now() + IDLE_AFTER),
             }
             if sync_at.is_some_and(|due| due <= Instant::now()) {
                 sync_at = None;
@@ -159,7 +168,7 @@ impl Shared {
     }
 
     /// Carry out a batch, or hand it to the sync thread once it is appended.
-    fn commit(self: &Arc<Self>, batch: Batch, syncer: &mut Syncer) {
+    fn commit(self: &Arc<Self>, batch: Batch, mut turn: Turn<'_>, syncer: &mut Syncer) {
         let settings = self.settings.read().clone();
         let mut staged = self
             .store
@@ -171,14 +180,46 @@ impl Shared {
         let company = syncer.company || !self.queue.is_empty();
         if behind || (large && company && syncer.runs(self)) {
             syncer.company = behind || !self.queue.is_empty();
+            turn.has_company();
             self.store.stage_behind(&staged);
             self.pipeline.push(batch, staged);
             return;
         }
         self.store.settle(std::iter::once(&mut staged));
         syncer.company = !self.queue.is_empty();
+        drop(turn);
         batch.answer(staged.into_outcomes());
         self.start_maintenance();
+    }
+
+    /// Carry an operation out on this thread, which then waits for the disk, if its client has been the only one for a while: two threads
+    /// fewer must wake before it has its answer. Only where the other tasks of this thread are taken over by another one.
+    pub(super) fn commit_here(self: &Arc<Self>, operation: &Operation) -> Option<Outcome> {
+        if !self.queue.has_one() {
+            return None;
+        }
+        let runtime = Handle::try_current().ok()?;
+        if self.store.sync != SyncPolicy::Always
+            || runtime.runtime_flavor() != RuntimeFlavor::MultiThread
+        {
+            return None;
+        }
+        let _place = WAITING_HERE.try_acquire().ok()?;
+        let turn = self.queue.turn_of_one()?;
+        // What was appended before must be settled before.
+        if self.pipeline.is_busy() {
+            return None;
+        }
+        let settings = self.settings.read().clone();
+        let operations = std::slice::from_ref(operation);
+        let staged = tokio::task::block_in_place(|| {
+            let mut staged = self.store.stage(operations, &settings, unix_seconds());
+            self.store.settle(std::iter::once(&mut staged));
+            staged
+        });
+        drop(turn);
+        self.start_maintenance();
+        staged.into_outcomes().pop()
     }
 
     fn sync_loop(self: &Arc<Self>) {

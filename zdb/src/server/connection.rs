@@ -6,8 +6,9 @@ use super::parser::Parser;
 use super::reply::Reply;
 use super::session::{Answering, Session};
 use super::values::Values;
-use super::writer::{Held, Outcome, Outstanding, Queued, Writer};
+use super::writer::{Answers, Held, Outcome, Outstanding, Queued, Writer};
 use super::{BUDGET_UNIT, Server};
+use crate::engine::Caller;
 use bytes::{Bytes, BytesMut};
 use std::io;
 use std::sync::Arc;
@@ -15,14 +16,12 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout, timeout_at};
 
 /// Bytes read at once: few for a connection that says little, more while it fills what it is given.
 const READ_BYTES_FIRST: usize = 4 << 10;
 const READ_BYTES_MAX: usize = 16 << 10;
-/// Answers queued on a connection.
-const ANSWERS_MAX: usize = 256;
 /// Requests and answers up to this size are not counted; the length of the queue bounds them.
 const UNCOUNTED_BYTES: usize = 256;
 /// A client that was not let in yet sends no more than this in a request.
@@ -93,11 +92,11 @@ async fn talk<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
     write: W,
     client: u64,
 ) -> io::Result<()> {
-    let (queue, queued) = mpsc::channel(ANSWERS_MAX);
+    let answers = Arc::new(Answers::default());
     let outstanding = Arc::new(Outstanding::default());
     let writer = Writer {
         write,
-        queued,
+        answers: Arc::clone(&answers),
         outstanding: Arc::clone(&outstanding),
         server: Arc::clone(&server),
     };
@@ -109,7 +108,7 @@ async fn talk<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
         parser: Parser::default(),
         buffer: BytesMut::new(),
         read_bytes: READ_BYTES_FIRST,
-        queue: Some(queue),
+        answers,
         outstanding,
         budget: Arc::new(Semaphore::new(units)),
         budget_units: units,
@@ -118,12 +117,14 @@ async fn talk<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
     };
     let mut writing = std::pin::pin!(writer.run());
     let ended = tokio::select! {
+        // The writer is always polled behind the reader: see `Answers`.
+        biased;
         ended = reader.run() => ended,
         // When nothing can be answered any more, reading is pointless.
         written = &mut writing => return written,
     };
     // The writer ends after the last answer.
-    reader.queue = None;
+    reader.answers.end();
     writing.await?;
     if matches!(ended, Ok(Ending::Malformed)) {
         reader.drop_the_rest().await;
@@ -154,7 +155,7 @@ struct Reader<R> {
     parser: Parser,
     buffer: BytesMut,
     read_bytes: usize,
-    queue: Option<mpsc::Sender<Queued>>,
+    answers: Arc<Answers>,
     outstanding: Arc<Outstanding>,
     budget: Arc<Semaphore>,
     budget_units: usize,
@@ -186,7 +187,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                 }
                 Err(malformed) => {
                     let reply = Outcome::Reply(Reply::error(malformed.text));
-                    self.answer(reply, None, None).await?;
+                    self.answer(reply, None, None).await;
                     if malformed.close {
                         return Ok(Ending::Malformed);
                     }
@@ -291,7 +292,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         let Some(command) = request.first().and_then(|name| Command::named(name)) else {
             self.server.counters.failed.add(1);
             let reply = Outcome::Reply(Reply::error("Command not supported"));
-            self.answer(reply, held, None).await?;
+            self.answer(reply, held, None).await;
             return Ok(true);
         };
         self.server.counters.executed.add(1);
@@ -305,13 +306,18 @@ impl<R: AsyncRead + Unpin> Reader<R> {
                 self.hold(reading).await?
             }
         };
+        let caller = if self.buffer.is_empty() && self.outstanding.is_none() {
+            Caller::Alone
+        } else {
+            Caller::Busy
+        };
         let answering = if command == Command::Wait {
             match self.carry_out_wait(request).await? {
                 Some(answering) => answering,
                 None => return Ok(false),
             }
         } else {
-            self.session.carry_out(command, request).await
+            self.session.carry_out(command, request, caller).await
         };
         let mut last = false;
         let outcome = match answering {
@@ -330,7 +336,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             Outcome::Reply(reply) if held.is_none() => self.hold(reply.bytes()).await?,
             _ => held,
         };
-        self.answer(outcome, held, Some(command)).await?;
+        self.answer(outcome, held, Some(command)).await;
         Ok(!last)
     }
 
@@ -338,7 +344,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     async fn read_values(&mut self, command: Command, values: Values) -> io::Result<bool> {
         if values.array {
             let header = Outcome::Reply(Reply::ArrayHeader(values.keys.len()));
-            self.answer(header, None, None).await?;
+            self.answer(header, None, None).await;
         }
         let mut last = false;
         for (number, key) in values.keys.iter().enumerate() {
@@ -351,14 +357,15 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             }
             last |= reply.is_removal();
             let ran = (number + 1 == values.keys.len()).then_some(command);
-            self.answer(Outcome::Reply(reply), held, ran).await?;
+            self.answer(Outcome::Reply(reply), held, ran).await;
         }
         Ok(!last)
     }
 
     /// WAIT takes long: notice when the client or the server goes meanwhile.
     async fn carry_out_wait(&mut self, request: Vec<Bytes>) -> io::Result<Option<Answering>> {
-        let mut waiting = std::pin::pin!(self.session.carry_out(Command::Wait, request));
+        let mut waiting =
+            std::pin::pin!(self.session.carry_out(Command::Wait, request, Caller::Busy));
         loop {
             // What the client sends meanwhile is kept, but not much of it.
             let room = READ_BYTES_MAX.saturating_sub(self.buffer.len());
@@ -377,20 +384,13 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         }
     }
 
-    async fn answer(
-        &self,
-        outcome: Outcome,
-        held: Option<Held>,
-        command: Option<Command>,
-    ) -> io::Result<()> {
+    async fn answer(&self, outcome: Outcome, held: Option<Held>, command: Option<Command>) {
         let queued = Queued {
             outcome,
             ran: command.and_then(|command| self.session.ran(command)),
             _held: held,
         };
-        let gone = || io::Error::from(io::ErrorKind::BrokenPipe);
-        let queue = self.queue.as_ref().ok_or_else(gone)?;
-        queue.send(queued).await.map_err(|_| gone())
+        self.answers.push(queued).await;
     }
 
     /// Room for so many bytes, of this connection and of the server.

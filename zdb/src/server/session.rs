@@ -6,7 +6,7 @@ use super::values::{PendingWrite, READ_ONLY, Values};
 use super::watch::Ran;
 use super::{Admin, Server, files, instance, manage, scan, values};
 use crate::client::Password;
-use crate::engine::{DEFAULT_NAMESPACE, EngineError, Namespace, VALUE_BYTES_MAX};
+use crate::engine::{Caller, DEFAULT_NAMESPACE, EngineError, Namespace, VALUE_BYTES_MAX};
 use bytes::Bytes;
 use sha1::{Digest, Sha1};
 use std::sync::Arc;
@@ -89,7 +89,12 @@ impl Session {
     }
 
     /// Carry out a request.
-    pub(super) async fn carry_out(&mut self, command: Command, request: Vec<Bytes>) -> Answering {
+    pub(super) async fn carry_out(
+        &mut self,
+        command: Command,
+        request: Vec<Bytes>,
+        caller: Caller,
+    ) -> Answering {
         if self
             .namespace
             .as_ref()
@@ -98,8 +103,8 @@ impl Session {
             return Answering::Last(Reply::error(NAMESPACE_REMOVED));
         }
         let answering = match command {
-            Command::Set | Command::SetX => values::set(self, &request),
-            Command::Del => values::delete(self, &request),
+            Command::Set | Command::SetX => values::set(self, &request, caller),
+            Command::Del => values::delete(self, &request, caller),
             Command::Get => values::get(self, request),
             Command::MGet => values::mget(self, request),
             _ => self.at_once(command, &request).await.map(Answering::Now),

@@ -3,7 +3,7 @@
 use super::manage::blocking;
 use super::reply::{Reply, engine_error};
 use super::session::{Answering, Session};
-use crate::engine::{Answer, EngineError, KEY_BYTES_MAX, KeyStat, Namespace};
+use crate::engine::{Answer, Caller, EngineError, KEY_BYTES_MAX, KeyStat, Namespace};
 use bytes::Bytes;
 use std::sync::Arc;
 
@@ -69,7 +69,11 @@ impl Values {
     }
 }
 
-pub(super) fn set(session: &Session, request: &[Bytes]) -> Result<Answering, Reply> {
+pub(super) fn set(
+    session: &Session,
+    request: &[Bytes],
+    caller: Caller,
+) -> Result<Answering, Reply> {
     let (key, value, timestamp) = match request {
         [_, key, value] => (key, value, None),
         [_, key, value, timestamp] => (key, value, Some(session.timestamp(timestamp)?)),
@@ -81,7 +85,7 @@ pub(super) fn set(session: &Session, request: &[Bytes]) -> Result<Answering, Rep
     let namespace = session.writable()?;
     // The key outlives the request in answers and overlays: it must not keep the value's buffer.
     let key = Bytes::copy_from_slice(key);
-    let answer = namespace.submit_set(key, value.clone(), timestamp);
+    let answer = namespace.submit_set(key, value.clone(), timestamp, caller);
     Ok(Answering::Write(PendingWrite {
         answer: answer.map_err(|error| engine_error(&error))?,
         delete: false,
@@ -89,7 +93,11 @@ pub(super) fn set(session: &Session, request: &[Bytes]) -> Result<Answering, Rep
     }))
 }
 
-pub(super) fn delete(session: &Session, request: &[Bytes]) -> Result<Answering, Reply> {
+pub(super) fn delete(
+    session: &Session,
+    request: &[Bytes],
+    caller: Caller,
+) -> Result<Answering, Reply> {
     let (key, timestamp) = match request {
         [_, key] => (key_argument(key)?, None),
         [_, key, timestamp] => {
@@ -99,7 +107,7 @@ pub(super) fn delete(session: &Session, request: &[Bytes]) -> Result<Answering, 
         _ => return Err(Reply::error("Unexpected arguments")),
     };
     let namespace = session.writable()?;
-    let answer = namespace.submit_delete(Bytes::copy_from_slice(key), timestamp);
+    let answer = namespace.submit_delete(Bytes::copy_from_slice(key), timestamp, caller);
     Ok(Answering::Write(PendingWrite {
         answer: answer.map_err(|error| engine_error(&error))?,
         delete: true,

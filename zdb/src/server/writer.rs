@@ -7,15 +7,22 @@ use super::reply::{Outgoing, Reply};
 use super::values::PendingWrite;
 use super::watch::Ran;
 use bytes::Buf;
+use parking_lot::Mutex;
+use std::collections::VecDeque;
+use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
-use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::{Instant, timeout};
 
 /// Answers are written when so many bytes are ready, even if more will follow at once.
 const WRITE_BYTES: usize = 1 << 20;
+
+/// Answers queued on a connection.
+const ANSWERS_MAX: usize = 256;
 
 /// What becomes an answer.
 pub(super) enum Outcome {
@@ -55,6 +62,10 @@ impl Outstanding {
         }
     }
 
+    pub(super) fn is_none(&self) -> bool {
+        self.writes.load(Ordering::Acquire) == 0
+    }
+
     pub(super) async fn wait(&self) {
         while self.writes.load(Ordering::Acquire) > 0 {
             self.settled.notified().await;
@@ -62,9 +73,62 @@ impl Outstanding {
     }
 }
 
+/// Answers from the reader of a connection to its writer, in order. Both are one task in which the writer is always polled behind the
+/// reader, so nobody is woken for what is put in: a task that wakes itself is polled once more for each request, maybe by another thread.
+#[derive(Default)]
+pub(super) struct Answers {
+    state: Mutex<State>,
+    room: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    queued: VecDeque<Queued>,
+    ended: bool,
+}
+
+impl Answers {
+    /// Waits while there are too many.
+    pub(super) async fn push(&self, queued: Queued) {
+        loop {
+            {
+                let mut state = self.state.lock();
+                if state.queued.len() < ANSWERS_MAX {
+                    state.queued.push_back(queued);
+                    return;
+                }
+            }
+            self.room.notified().await;
+        }
+    }
+
+    /// No more will come.
+    pub(super) fn end(&self) {
+        self.state.lock().ended = true;
+    }
+
+    fn try_next(&self) -> Option<Queued> {
+        let mut state = self.state.lock();
+        if state.queued.len() == ANSWERS_MAX {
+            self.room.notify_one();
+        }
+        state.queued.pop_front()
+    }
+
+    /// `None` after the last.
+    async fn next(&self) -> Option<Queued> {
+        poll_fn(|_| match self.try_next() {
+            Some(queued) => Poll::Ready(Some(queued)),
+            None if self.state.lock().ended => Poll::Ready(None),
+            None => Poll::Pending,
+        })
+        .await
+    }
+}
+
 pub(super) struct Writer<W> {
     pub(super) write: W,
-    pub(super) queued: mpsc::Receiver<Queued>,
+    pub(super) answers: Arc<Answers>,
     pub(super) outstanding: Arc<Outstanding>,
     pub(super) server: Arc<Server>,
 }
@@ -76,12 +140,12 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
         let mut held = Vec::new();
         loop {
             // Write what is ready before waiting for what is not.
-            let next = match self.queued.try_recv() {
-                Ok(next) => Some(next),
-                Err(_) => {
+            let next = match self.answers.try_next() {
+                Some(next) => Some(next),
+                None => {
                     self.send(&mut outgoing).await?;
                     held.clear();
-                    self.queued.recv().await
+                    self.answers.next().await
                 }
             };
             let Some(Queued {

@@ -5,6 +5,7 @@ use super::{
     DIR, Engine, EngineError, EngineOptions, Fault, Model, Namespace, NamespaceOptions, SimMedia,
     datafiles, key, opened, options, set, value,
 };
+use crate::engine::Caller;
 use crate::engine::commit::{Action, Done, Operation, Outcome, Staged};
 use bytes::Bytes;
 use futures::executor::block_on;
@@ -196,8 +197,12 @@ fn the_next_batch_is_appended_while_one_is_synced() {
         let media = SimMedia::new();
         let (engine, namespace) = wide(&media, false);
         let submit = |key: &'static [u8]| {
-            let submitted =
-                namespace.submit_set(Bytes::from_static(key), value(2000, key[0]).into(), None);
+            let submitted = namespace.submit_set(
+                Bytes::from_static(key),
+                value(2000, key[0]).into(),
+                None,
+                Caller::Busy,
+            );
             submitted.unwrap()
         };
         media.allow_syncs(Some(0));
