@@ -11,6 +11,7 @@ use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 const READY: &str = "ready on ";
@@ -186,9 +187,14 @@ fn key_of(client: usize, number: usize) -> String {
 }
 
 /// Pipelines of eight SETs and DELs of its own keys, values from a few bytes to a megabyte, until the server is gone.
-fn ask_until_killed(address: &str, client: usize, round: usize, known: &mut [Known]) -> usize {
+fn ask_until_killed(
+    address: &str,
+    client: usize,
+    round: usize,
+    known: &mut [Known],
+    answered: &AtomicUsize,
+) {
     let mut stream = tcp(address);
-    let mut answered = 0;
     for turn in 0.. {
         let mut requests = Vec::new();
         let mut asked = Vec::new();
@@ -212,11 +218,11 @@ fn ask_until_killed(address: &str, client: usize, round: usize, known: &mut [Kno
         }
         // The answers are short, so all requests can go first.
         if stream.write_all(&requests).is_err() {
-            return answered;
+            return;
         }
         for (number, wanted) in asked {
             let Some(answer) = line(&mut stream) else {
-                return answered;
+                return;
             };
             let done = match &wanted {
                 Some(_) => answer == format!("${}", key_of(client, number).len()),
@@ -224,16 +230,15 @@ fn ask_until_killed(address: &str, client: usize, round: usize, known: &mut [Kno
             };
             assert!(done, "{answer}");
             if wanted.is_some() && line(&mut stream).is_none() {
-                return answered;
+                return;
             }
             // In order: what was asked for before is answered already.
             let known = &mut known[number];
             known.possible.remove(0);
             known.certain = wanted;
-            answered += 1;
+            answered.fetch_add(1, Ordering::Relaxed);
         }
     }
-    answered
 }
 
 /// A line of an answer; none: the server is gone.
@@ -307,28 +312,24 @@ fn kills_under_load_lose_nothing_that_was_answered() {
         let address = &address;
         let data = Path::new(&daemons.path("data")).join("namespaces/default");
         let first = newest_datafile(&data);
-        let answered: usize = std::thread::scope(|scope| {
-            let clients: Vec<_> = known
-                .iter_mut()
-                .enumerate()
-                .map(|(client, known)| {
-                    scope.spawn(move || ask_until_killed(address, client, round, known))
-                })
-                .collect();
-            // Once much was overwritten, so that there is something to compact.
+        let answered = &AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for (client, known) in known.iter_mut().enumerate() {
+                scope.spawn(move || ask_until_killed(address, client, round, known, answered));
+            }
+            // Once much was overwritten and compacted.
             wait_for("datafiles to be completed", || {
                 let more = newest_datafile(&data) - first;
-                if more >= 8 { Ok(()) } else { Err(more) }
+                let answered = answered.load(Ordering::Relaxed);
+                if more >= 8 && answered > 200 {
+                    Ok(())
+                } else {
+                    Err(format!("{more} datafiles, {answered} answers"))
+                }
             });
             process::signal(pid, nix::sys::signal::Signal::SIGKILL);
-            clients
-                .into_iter()
-                .map(|client| client.join().unwrap())
-                .sum()
         });
         assert_eq!(daemons.wait_end(&name), None);
-        assert!(answered > 100, "round {round}: {answered} answers");
-        eprintln!("round {round}: {answered} answers before the kill");
     }
 }
 

@@ -421,6 +421,13 @@ impl Datafile {
         Ok(())
     }
 
+    /// Let what was appended from an offset on reach the disk, and wait for that. It is not durable before a sync, which then has little left
+    /// to do. A failure stops the file, as a failed sync does.
+    pub(crate) fn write_out(&self, from: u64) -> Result<(), DatafileError> {
+        self.shared
+            .write_out(from, self.length.saturating_sub(from))
+    }
+
     /// Did a sync fail, or could a failed append not be undone? Nobody knows then what the disk holds.
     pub(crate) fn is_stopped(&self) -> bool {
         self.shared.check_running().is_err()

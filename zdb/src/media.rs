@@ -89,6 +89,13 @@ pub trait MediaFile: Send + Sync + std::fmt::Debug {
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     /// Write all parts, one after the other, from an offset.
     fn write_vectored_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()>;
+    /// Let a range that was written reach the disk, and wait for that. Makes nothing durable: what the disk itself has in memory and the
+    /// length may be missing after a crash. An error is one of [`MediaFile::sync_data`], which may not repeat it. Files that cannot
+    /// do that leave it to the next sync.
+    fn write_out(&self, offset: u64, length: u64) -> io::Result<()> {
+        let _ = (offset, length);
+        Ok(())
+    }
     /// Make contents (and a changed length) durable.
     fn sync_data(&self) -> io::Result<()>;
     /// Reserve blocks and extend the length with zeros up to `offset + length`.

@@ -109,6 +109,16 @@ impl Shared {
         Ok(())
     }
 
+    pub(super) fn write_out(&self, offset: u64, length: u64) -> Result<(), DatafileError> {
+        // The kernel tells of a failed write-back here or at the next sync, not at both.
+        let _syncing = self.syncing.lock();
+        self.check_running()?;
+        self.file.write_out(offset, length).map_err(|source| {
+            self.stop();
+            self.io("write out", source)
+        })
+    }
+
     pub(super) fn stop(&self) {
         self.stopped.store(true, Ordering::Release);
     }

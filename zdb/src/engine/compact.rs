@@ -4,7 +4,8 @@
 //! are forgotten. A crash in between leaves copies of the same version, of which the index takes one; a tombstone is copied as
 //! long as an entry exists on disk that would come back without it.
 //!
-//! Paced: after every batch the caller is asked, and may wait, so that what is written meanwhile finds the disk free.
+//! Paced: after every small piece the caller is asked, and may wait, so that what is written meanwhile finds the disk free. A piece goes to
+//! the disk at once, but without a sync: syncs are what others wait for longest, so one serves many pieces that are there already.
 
 use super::EngineError;
 use super::entry::EntryHead;
@@ -17,12 +18,16 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-/// Bytes copied between two syncs; small, since what is written meanwhile waits for the disk.
-const COPY_BATCH_BYTES: u64 = 1 << 20;
+/// Bytes given to the disk at once; small, since what is written meanwhile waits behind them. Where datafiles are small, so are pieces.
+const PIECE_BYTES: u64 = 128 << 10;
+const PIECE_PART: u64 = 64;
+/// Pieces between two syncs, and entries in them.
+const SYNC_PIECES: usize = 32;
+const SYNC_ENTRIES: usize = 16_384;
 /// Entries handled under one lock of the index.
 const BATCH_ENTRIES: usize = 512;
 
-/// Asked after every batch, which took so long: go on?
+/// Asked after every piece of work, which took so long: go on?
 pub(super) type GoOn<'a> = &'a dyn Fn(Duration) -> bool;
 
 /// A pass over a victim.
@@ -32,7 +37,19 @@ struct Pass<'a> {
     /// Where copies go.
     number: u32,
     output: Option<Datafile>,
+    /// What was copied since the last sync, and in how many pieces.
+    copied: Vec<Copied>,
+    pieces: usize,
     damaged: bool,
+}
+
+/// A copy that is not durable yet.
+struct Copied {
+    /// Key and version, if it is an entry.
+    entry: Option<(Bytes, u64)>,
+    from: Place,
+    to: Place,
+    bytes: u64,
 }
 
 impl Store {
@@ -74,10 +91,13 @@ impl Store {
             victim,
             number: self.new_file_number(),
             output: None,
+            copied: Vec::new(),
+            pieces: 0,
             damaged: false,
         };
         let copied = self.copy_needed(&mut pass, go_on);
         // What was copied is durable and in use, whatever came then; a mark for which there is no room is only missed.
+        let began = Instant::now();
         if let Some(mut output) = pass.output.take()
             && let Err(error) = output.mark()
             && output.is_stopped()
@@ -85,7 +105,7 @@ impl Store {
             self.stop(error.to_string());
             return Err(error.into());
         }
-        if !copied? {
+        if !copied? || !go_on(began.elapsed()) {
             return Ok(false);
         }
         {
@@ -113,6 +133,7 @@ impl Store {
             // What made its entries unneeded must not be lost while they are.
             self.sync_active()?;
         }
+        let began = Instant::now();
         match self.media.remove(reader.path()) {
             // A flush was faster.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -121,6 +142,7 @@ impl Store {
         self.media
             .sync_dir(&self.dir)
             .map_err(EngineError::io("sync directory", &self.dir))?;
+        let _ = go_on(began.elapsed());
         self.forget_entries(victim, reader, go_on)?;
         self.forget_file(victim);
         Ok(())
@@ -170,6 +192,7 @@ impl Store {
     /// Copy the needed entries into a new datafile, durably; `false` when told to stop.
     fn copy_needed(&self, pass: &mut Pass<'_>, go_on: GoOn<'_>) -> Result<bool, EngineError> {
         let mut heads = pass.reader.heads(0);
+        let piece_bytes = PIECE_BYTES.min(self.datafile_bytes / PIECE_PART);
         let mut batch: Vec<Frame> = Vec::new();
         let mut batch_bytes = 0;
         let mut began = Instant::now();
@@ -204,16 +227,21 @@ impl Store {
                 }) => self.report_damage(pass, path, offset..offset + bytes, Some(key)),
                 Err(error) => return Err(error.into()),
             }
-            if batch_bytes >= COPY_BATCH_BYTES || batch.len() >= BATCH_ENTRIES {
-                self.write_copies(pass, &mut batch)?;
+            if batch_bytes >= piece_bytes || batch.len() >= BATCH_ENTRIES {
+                self.write_piece(pass, &mut batch)?;
                 batch_bytes = 0;
+                if pass.pieces >= SYNC_PIECES || pass.copied.len() >= SYNC_ENTRIES {
+                    self.publish_copies(pass)?;
+                }
                 if !go_on(began.elapsed()) {
+                    self.publish_copies(pass)?;
                     return Ok(false);
                 }
                 began = Instant::now();
             }
         }
-        self.write_copies(pass, &mut batch)?;
+        self.write_piece(pass, &mut batch)?;
+        self.publish_copies(pass)?;
         Ok(true)
     }
 
@@ -239,24 +267,12 @@ impl Store {
         Ok(!flushed && state.index.is_needed(known.head.key, known.place)?)
     }
 
-    /// Append, sync, publish.
-    fn write_copies(&self, pass: &mut Pass<'_>, batch: &mut Vec<Frame>) -> Result<(), EngineError> {
+    /// Append copies, and let them reach the disk.
+    fn write_piece(&self, pass: &mut Pass<'_>, batch: &mut Vec<Frame>) -> Result<(), EngineError> {
         if batch.is_empty() {
             return Ok(());
         }
-        let output = match &mut pass.output {
-            Some(file) => file,
-            None => {
-                let path = self.dir.join(file_name(pass.number));
-                let mut file = Datafile::create(&self.media, &path, file_header(pass.number))?;
-                append_counters(&mut file, self.writer.lock().counters)?;
-                self.state
-                    .write()
-                    .readers
-                    .insert(pass.number, file.reader());
-                pass.output.insert(file)
-            }
-        };
+        let output = self.output(pass)?;
         let split: Vec<(&[u8], [&[u8]; 1])> = batch.iter().map(split_at_head).collect();
         let frames: Vec<FrameParts<'_>> = batch
             .iter()
@@ -268,32 +284,68 @@ impl Store {
             })
             .collect();
         let offsets = output.append_batch(&frames)?;
+        if let Err(error) = output.write_out(offsets[0]) {
+            self.stop(error.to_string());
+            return Err(error.into());
+        }
+        let copies = batch.iter().zip(offsets).map(|(frame, offset)| {
+            let head = EntryHead::decode(frame.kind, &frame.payload);
+            Copied {
+                entry: head.map(|head| (Bytes::copy_from_slice(head.key), head.version)),
+                from: Place {
+                    file: pass.victim,
+                    offset: frame.offset,
+                },
+                to: Place {
+                    file: pass.number,
+                    offset,
+                },
+                bytes: frame_bytes(frame.payload.len() as u64),
+            }
+        });
+        pass.copied.extend(copies);
+        pass.pieces += 1;
+        batch.clear();
+        Ok(())
+    }
+
+    /// Where copies go, made when it is first needed.
+    fn output<'a>(&self, pass: &'a mut Pass<'_>) -> Result<&'a mut Datafile, EngineError> {
+        if pass.output.is_none() {
+            let path = self.dir.join(file_name(pass.number));
+            let mut file = Datafile::create(&self.media, &path, file_header(pass.number))?;
+            append_counters(&mut file, self.writer.lock().counters)?;
+            let mut state = self.state.write();
+            state.readers.insert(pass.number, file.reader());
+            pass.output = Some(file);
+        }
+        Ok(pass.output.as_mut().expect("made above"))
+    }
+
+    /// Sync what was copied, and let the index point at it.
+    fn publish_copies(&self, pass: &mut Pass<'_>) -> Result<(), EngineError> {
+        let Some(output) = &pass.output else {
+            return Ok(());
+        };
         if let Err(error) = output.sync() {
             self.stop(error.to_string());
             return Err(error.into());
         }
-        let mut state = self.state.write();
-        let flushed_before = self.flushed_before.load(Ordering::Acquire);
-        for (frame, offset) in batch.iter().zip(offsets) {
-            let bytes = frame_bytes(frame.payload.len() as u64);
-            let from = Place {
-                file: pass.victim,
-                offset: frame.offset,
-            };
-            let to = Place {
-                file: pass.number,
-                offset,
-            };
-            match EntryHead::decode(frame.kind, &frame.payload) {
-                Some(head) if head.version >= flushed_before => {
-                    state.index.add_copy(head.key, from, to, bytes)?;
+        for copies in pass.copied.chunks(BATCH_ENTRIES) {
+            let mut state = self.state.write();
+            let flushed_before = self.flushed_before.load(Ordering::Acquire);
+            for copy in copies {
+                match &copy.entry {
+                    Some((key, version)) if *version >= flushed_before => {
+                        state.index.add_copy(key, copy.from, copy.to, copy.bytes)?;
+                    }
+                    _ => state.index.add_bytes(pass.number, copy.bytes),
                 }
-                _ => state.index.add_bytes(pass.number, bytes),
             }
+            state.dirty.insert(pass.number);
         }
-        state.dirty.insert(pass.number);
-        drop(state);
-        batch.clear();
+        pass.copied.clear();
+        pass.pieces = 0;
         Ok(())
     }
 }

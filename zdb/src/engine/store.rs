@@ -1,5 +1,6 @@
 //! A namespace's datafiles and index: opening, reading, state. Writing is in [`super::commit`], reclaiming in [`super::compact`].
 
+use super::compact::GoOn;
 use super::entry::{Counters, KIND_COUNTERS, PURPOSE};
 use super::index::Index;
 use super::load::{self, Loaded};
@@ -340,7 +341,7 @@ impl Store {
     }
 
     /// Make the snapshots that complete datafiles do not have yet.
-    pub(super) fn write_snapshots(&self, go_on: &dyn Fn() -> bool) {
+    pub(super) fn write_snapshots(&self, go_on: GoOn<'_>) {
         let complete: Vec<(u32, DatafileReader)> = {
             let state = self.state.read();
             let readers = state.readers.iter();
@@ -350,10 +351,11 @@ impl Store {
                 .collect()
         };
         for (file, reader) in complete {
-            if !go_on() {
+            let began = Instant::now();
+            self.write_snapshot_if_worth(file, &reader);
+            if !go_on(began.elapsed()) {
                 return;
             }
-            self.write_snapshot_if_worth(file, &reader);
         }
     }
 

@@ -285,7 +285,6 @@ impl Shared {
         }
         let interrupted = || self.maintenance.interrupts.load(Ordering::Acquire) > 0;
         let go_on = || !self.is_closing() && !interrupted();
-        self.store.write_snapshots(&go_on);
         let pace = |worked: Duration| {
             if paced && go_on() && !self.store.is_short_of_room(HURRY_DATAFILES) {
                 let rest = worked.saturating_mul(REST_FACTOR).min(REST_MAX);
@@ -293,6 +292,7 @@ impl Shared {
             }
             go_on()
         };
+        self.store.write_snapshots(&pace);
         let more = self.store.compact_step(&pace)?;
         drop(exclusive);
         Ok(more || (interrupted() && !self.is_closing()))

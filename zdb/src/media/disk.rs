@@ -3,6 +3,7 @@
 use super::{Identity, Media, MediaFile, MediaLock, OpenMode, Space};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -157,6 +158,25 @@ impl MediaFile for DiskFile {
             }
         }
         Ok(())
+    }
+
+    fn write_out(&self, offset: u64, length: u64) -> io::Result<()> {
+        let invalid = |_| io::Error::from(io::ErrorKind::InvalidInput);
+        let offset = i64::try_from(offset).map_err(invalid)?;
+        let length = i64::try_from(length).map_err(invalid)?;
+        let flags = libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+        #[expect(
+            unsafe_code,
+            reason = "sync_file_range has no safe form; it takes numbers and touches no memory of ours"
+        )]
+        // SAFETY: the descriptor is open as long as `self`.
+        let done = unsafe { libc::sync_file_range(self.0.as_raw_fd(), offset, length, flags) };
+        let error = io::Error::last_os_error();
+        match (done, error.raw_os_error()) {
+            // A filesystem that cannot do that does it at the next sync.
+            (0, _) | (_, Some(libc::ENOSYS | libc::EOPNOTSUPP | libc::ESPIPE)) => Ok(()),
+            _ => Err(error),
+        }
     }
 
     fn sync_data(&self) -> io::Result<()> {

@@ -138,6 +138,21 @@ impl World {
         }
     }
 
+    /// Count a sync; an error if it is the one that fails.
+    fn fail_sync_if_due(&mut self, inode: u64) -> io::Result<()> {
+        match self.fail_sync_in {
+            Some(0) => {
+                self.fail_sync_in = None;
+                // The kernel marks the lost pages clean: no later sync stores them.
+                state(self, inode)?.pending.clear();
+                return Err(io::Error::other("simulated failure of a sync"));
+            }
+            Some(more) => self.fail_sync_in = Some(more - 1),
+            None => {}
+        }
+        Ok(())
+    }
+
     fn alive(&self) -> io::Result<()> {
         if self.crashed { Err(crashed()) } else { Ok(()) }
     }
@@ -557,20 +572,19 @@ impl MediaFile for SimFile {
         self.write_all_at(&parts.concat(), offset)
     }
 
+    fn write_out(&self, _offset: u64, _length: u64) -> io::Result<()> {
+        // What reached the disk is not durable: a crash loses it as it loses other writes.
+        self.with(|world, inode| {
+            world.begin_whole()?;
+            world.fail_sync_if_due(inode)
+        })
+    }
+
     fn sync_data(&self) -> io::Result<()> {
         self.wait_until_allowed();
         self.with(|world, inode| {
             world.begin_whole()?;
-            match world.fail_sync_in {
-                Some(0) => {
-                    world.fail_sync_in = None;
-                    // The kernel marks the lost pages clean: no later sync stores them.
-                    state(world, inode)?.pending.clear();
-                    return Err(io::Error::other("simulated failure of a sync"));
-                }
-                Some(more) => world.fail_sync_in = Some(more - 1),
-                None => {}
-            }
+            world.fail_sync_if_due(inode)?;
             let file = state(world, inode)?;
             file.pending.clear();
             file.durable.clone_from(&file.current);
