@@ -147,6 +147,7 @@ fn nsset_arguments() {
         ("NSSET \"\" worm 1", "-Invalid argument"),
         ("NSSET one \"\" 1", "-Invalid argument"),
         ("NSSET one worm \"\"", "-Invalid argument"),
+        ("NSSET one password {fffe}", "-Invalid argument"),
         ("NSSET {x*129} worm 1", "-Namespace too long"),
         ("NSSET one worm {1*64}", "-Argument too long"),
         ("NSSET one {x*300} 1", "-Argument too long"),
