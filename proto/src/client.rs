@@ -5,7 +5,7 @@
 //! It ends as the answer; as `NoQuorum` or `Unreachable` when certainly no attempt was applied; as `Unknown` otherwise.
 
 mod attempt;
-mod line;
+mod open;
 mod session;
 mod watching;
 
@@ -24,6 +24,8 @@ use crate::verb::{Answer, Query};
 use crate::watch::WatchRequest;
 use crate::wire::{Wire, WireError, pb};
 use attempt::{Kind, Nodes};
+use bytes::Bytes;
+use prost::Message as _;
 use qsfs_zstor::id::{
     AgentId, BackendId, ClientId, ClusterId, DatafileId, MetadId, Stream, VolumeId, VolumeName,
 };
@@ -164,6 +166,8 @@ impl Shared {
             id: id.to_wire(),
             mutation: mutation.to_wire(),
         };
+        // Once for all attempts.
+        let message = Bytes::from(message.encode_to_vec());
         let applied = self.nodes.run(Kind::Mutation, deadline, |open, limit| {
             open.mutate(message.clone(), limit)
         });

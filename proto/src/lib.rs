@@ -28,6 +28,7 @@ pub mod token;
 pub mod watch;
 
 mod channel;
+mod line;
 mod verb;
 mod wire;
 

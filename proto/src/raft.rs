@@ -3,20 +3,24 @@
 use crate::channel::{Versioned, connect_over, describe, versioned};
 use crate::dial::{Dial, TlsDial};
 use crate::identity::Identity;
+use crate::line::{Line, Numbered};
 use crate::tls::TlsError;
-use crate::wire::pb::RaftMessage;
 use crate::wire::pb::raft_client::RaftClient;
 use crate::wire::pb::raft_reply::Kind;
+use crate::wire::pb::{RaftAnswer, RaftCall, RaftMessage, RaftReply};
 use crate::wire::{Wire, error_of};
 use bytes::Bytes;
 use qsfs_zstor::id::MetadId;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::time::timeout;
-use tonic::Request;
+use tokio::sync::OnceCell;
+use tokio::time::{Instant, timeout_at};
+use tonic::{Request, Status};
 
 /// Largest payload of one call or reply.
 pub const RAFT_MESSAGE_BYTES_MAX: usize = 64 << 20;
+/// Most calls of one peer that are worked on at once in its stream; more wait to be read.
+pub(crate) const RAFT_CALLS_IN_FLIGHT_MAX: usize = 64;
 /// A payload and what is around it.
 pub(crate) const RAFT_FRAME_BYTES_MAX: usize = RAFT_MESSAGE_BYTES_MAX + 4_096;
 
@@ -74,10 +78,49 @@ pub struct RaftPeer {
     target: MetadId,
     address: String,
     dial: Arc<dyn Dial>,
-    open: Arc<Mutex<Option<Stub>>>,
+    open: Arc<Mutex<Option<Open>>>,
 }
 
-type Stub = RaftClient<Versioned>;
+/// A connection, and its stream of calls. Clones share both.
+#[derive(Clone)]
+struct Open {
+    stub: RaftClient<Versioned>,
+    /// `None`: a peer of a version that has no such stream.
+    line: Arc<OnceCell<Option<Line<RaftCall, RaftAnswer>>>>,
+}
+
+impl Numbered for RaftAnswer {
+    type Reply = RaftReply;
+
+    fn open(self) -> (u64, Option<RaftReply>) {
+        (self.call, self.reply)
+    }
+}
+
+impl Open {
+    async fn call(
+        mut self,
+        message: RaftMessage,
+        in_line: bool,
+        deadline: Duration,
+    ) -> Result<RaftReply, Status> {
+        if in_line {
+            let mut stub = self.stub.clone();
+            let line = self.line.get_or_try_init(|| {
+                Line::open(RAFT_CALLS_IN_FLIGHT_MAX, async move |calls| {
+                    stub.calls(calls).await
+                })
+            });
+            if let Some(line) = line.await? {
+                let message = Some(message);
+                return line.call(|call| RaftCall { call, message }).await;
+            }
+        }
+        let mut request = Request::new(message);
+        request.set_timeout(deadline);
+        Ok(self.stub.call(request).await?.into_inner())
+    }
+}
 
 impl RaftPeer {
     /// `target` is checked at the other end: a peer that moved to another address is not mistaken for it.
@@ -95,91 +138,99 @@ impl RaftPeer {
         }
     }
 
-    /// Sends and waits for the reply, at most `deadline`.
+    /// Sends and waits for the reply, at most `deadline`. Entries go through one stream, in order; all else is a call of its own.
     pub async fn call(
         &self,
         rpc: RaftRpc,
         payload: Bytes,
         deadline: Duration,
     ) -> Result<Bytes, RaftCallError> {
-        let ended = timeout(deadline, self.send(rpc, payload, deadline)).await;
-        let (target, address) = (self.target, self.address.clone());
-        match ended {
-            Ok(Ok(reply)) => Ok(reply),
-            Ok(Err(Failed::Unreachable(reason))) => {
-                self.forget();
-                Err(RaftCallError::Unreachable {
-                    target,
-                    address,
-                    reason,
-                })
-            }
-            Ok(Err(Failed::Refused(reason))) => Err(RaftCallError::Refused {
-                target,
-                address,
-                reason,
-            }),
-            Err(_) => {
-                // It may hang (a partition); the next call connects anew.
-                self.forget();
-                Err(RaftCallError::Timeout {
-                    target,
-                    address,
-                    deadline,
-                })
-            }
-        }
-    }
-
-    async fn send(
-        &self,
-        rpc: RaftRpc,
-        payload: Bytes,
-        deadline: Duration,
-    ) -> Result<Bytes, Failed> {
-        let mut stub = self.stub(deadline).await.map_err(Failed::Unreachable)?;
-        let mut request = Request::new(RaftMessage {
+        let until = Instant::now() + deadline;
+        let open = match self.known() {
+            Some(open) => open,
+            None => match timeout_at(until, self.connect(deadline)).await {
+                Ok(connected) => connected.map_err(|reason| self.unreachable(reason))?,
+                Err(_) => return Err(self.late(deadline)),
+            },
+        };
+        let message = RaftMessage {
             target: self.target.to_wire(),
             rpc: rpc.to_wire(),
             payload,
-        });
-        request.set_timeout(deadline);
-        let reply = stub
-            .call(request)
-            .await
-            .map_err(|status| match error_of(&status) {
-                Some(error) => Failed::Refused(error.to_string()),
-                None => Failed::Unreachable(describe(&status)),
-            })?;
-        match reply.into_inner().kind {
-            Some(Kind::Payload(reply)) => Ok(reply),
-            Some(Kind::Error(reason)) => Err(Failed::Refused(reason)),
-            None => Err(Failed::Refused("an empty reply".into())),
+        };
+        let in_line = rpc == RaftRpc::Append;
+        let sent = open.clone().call(message, in_line, deadline);
+        match timeout_at(until, sent).await {
+            Ok(Ok(reply)) => match reply.kind {
+                Some(Kind::Payload(reply)) => Ok(reply),
+                Some(Kind::Error(reason)) => Err(self.refused(reason)),
+                None => Err(self.refused("an empty reply".into())),
+            },
+            Ok(Err(status)) => match error_of(&status) {
+                Some(error) => Err(self.refused(error.to_string())),
+                None => {
+                    self.forget(&open);
+                    Err(self.unreachable(describe(&status)))
+                }
+            },
+            Err(_) => {
+                // It may hang (a partition); the next call connects anew.
+                self.forget(&open);
+                Err(self.late(deadline))
+            }
         }
     }
 
-    async fn stub(&self, deadline: Duration) -> Result<Stub, String> {
-        if let Some(stub) = self.lock().as_ref() {
-            return Ok(stub.clone());
+    fn unreachable(&self, reason: String) -> RaftCallError {
+        RaftCallError::Unreachable {
+            target: self.target,
+            address: self.address.clone(),
+            reason,
         }
+    }
+
+    fn late(&self, deadline: Duration) -> RaftCallError {
+        RaftCallError::Timeout {
+            target: self.target,
+            address: self.address.clone(),
+            deadline,
+        }
+    }
+
+    fn refused(&self, reason: String) -> RaftCallError {
+        RaftCallError::Refused {
+            target: self.target,
+            address: self.address.clone(),
+            reason,
+        }
+    }
+
+    async fn connect(&self, deadline: Duration) -> Result<Open, String> {
         let channel = connect_over(&self.address, self.dial.clone(), deadline).await?;
-        let stub = RaftClient::new(versioned(channel))
-            .max_decoding_message_size(RAFT_FRAME_BYTES_MAX)
-            .max_encoding_message_size(RAFT_FRAME_BYTES_MAX);
-        *self.lock() = Some(stub.clone());
-        Ok(stub)
+        let open = Open {
+            stub: RaftClient::new(versioned(channel))
+                .max_decoding_message_size(RAFT_FRAME_BYTES_MAX)
+                .max_encoding_message_size(RAFT_FRAME_BYTES_MAX),
+            line: Arc::default(),
+        };
+        *self.lock() = Some(open.clone());
+        Ok(open)
     }
 
-    fn forget(&self) {
-        *self.lock() = None;
+    fn known(&self) -> Option<Open> {
+        self.lock().clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Stub>> {
+    /// Lets go of this connection, not of a newer one.
+    fn forget(&self, failed: &Open) {
+        let mut open = self.lock();
+        let is_it = |known: &Open| Arc::ptr_eq(&known.line, &failed.line);
+        if open.as_ref().is_some_and(is_it) {
+            *open = None;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Open>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-enum Failed {
-    Unreachable(String),
-    Refused(String),
 }

@@ -1,7 +1,7 @@
 //! The loop of attempts under every call of the client: which node next, when to pause, what the end means.
 
 use super::Timing;
-use super::line::Open;
+use super::open::Open;
 use crate::api::MetadError;
 use crate::channel::{connect_over, describe, versioned};
 use crate::dial::Dial;

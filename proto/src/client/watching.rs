@@ -11,7 +11,7 @@
 
 use super::Shared;
 use super::attempt::{Failed, classify};
-use super::line::Open;
+use super::open::Open;
 use crate::api::MetadError;
 use crate::watch::{Change, WatchEvent, WatchRequest};
 use crate::wire::{Wire, pb};

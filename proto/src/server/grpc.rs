@@ -6,10 +6,12 @@ use super::{CallError, Consistency, MetadService, RaftTransport, SESSION_QUEUE_M
 use crate::api::{AgentReport, Freshness, MetadError, Mutation, Role};
 use crate::client::{MUTATIONS_IN_FLIGHT_MAX, PAGE_MAX, RECORDS_MAX};
 use crate::identity::PeerIdentity;
+use crate::raft::RAFT_CALLS_IN_FLIGHT_MAX;
 use crate::verb::{Answer, Query};
 use crate::wire::{PROTOCOL_KEY, Wire, WireError, check_protocol, failure_of, pb, status_of};
 use futures::StreamExt;
 use futures::stream::BoxStream;
+use prost::Message as _;
 use qsfs_zstor::id::{AgentId, MetadId};
 use std::sync::Arc;
 use std::time::Duration;
@@ -90,26 +92,69 @@ impl pb::join_server::Join for Grpc {
     }
 }
 
+fn peer_id(extensions: &tonic::Extensions) -> Result<MetadId, Status> {
+    let peer = caller(extensions)?;
+    peer.metad_id().ok_or_else(|| invalid("no metad id"))
+}
+
+/// Takes one message of a peer.
+async fn hear(
+    own: &PeerIdentity,
+    raft: &dyn RaftTransport,
+    from: MetadId,
+    message: pb::RaftMessage,
+) -> Result<pb::RaftReply, MetadError> {
+    if own.metad_id() != Some(MetadId(message.target)) {
+        let text = format!("this is {own}, not metad {}", message.target);
+        return Err(MetadError::Invalid(text));
+    }
+    let rpc = Wire::from_wire(message.rpc)
+        .map_err(|error: WireError| MetadError::Invalid(error.to_string()))?;
+    let kind = match raft.handle(from, rpc, message.payload).await {
+        Ok(payload) => pb::raft_reply::Kind::Payload(payload),
+        Err(error) => pb::raft_reply::Kind::Error(error),
+    };
+    Ok(pb::RaftReply { kind: Some(kind) })
+}
+
 #[tonic::async_trait]
 impl pb::raft_server::Raft for Grpc {
+    type CallsStream = BoxStream<'static, Result<pb::RaftAnswer, Status>>;
+
     async fn call(
         &self,
         request: Request<pb::RaftMessage>,
     ) -> Result<Response<pb::RaftReply>, Status> {
-        let from = caller(request.extensions())?;
-        let message = request.into_inner();
-        let own = self.own.metad_id();
-        if own != Some(MetadId(message.target)) {
-            let text = format!("this is {}, not metad {}", self.own, message.target);
-            return Err(invalid(text));
-        }
-        let from = from.metad_id().ok_or_else(|| invalid("no metad id"))?;
-        let rpc = Wire::from_wire(message.rpc).map_err(invalid)?;
-        let kind = match self.raft.handle(from, rpc, message.payload).await {
-            Ok(payload) => pb::raft_reply::Kind::Payload(payload),
-            Err(error) => pb::raft_reply::Kind::Error(error),
-        };
-        Ok(Response::new(pb::RaftReply { kind: Some(kind) }))
+        let from = peer_id(request.extensions())?;
+        let reply = hear(&self.own, &*self.raft, from, request.into_inner()).await;
+        Ok(Response::new(reply.map_err(refuse)?))
+    }
+
+    async fn calls(
+        &self,
+        request: Request<Streaming<pb::RaftCall>>,
+    ) -> Result<Response<Self::CallsStream>, Status> {
+        let from = peer_id(request.extensions())?;
+        let (own, raft) = (Arc::new(self.own.clone()), self.raft.clone());
+        let calls = request
+            .into_inner()
+            .take_until(self.shutdown.clone().cancelled_owned());
+        let answers = calls.map(move |call| {
+            let (own, raft) = (own.clone(), raft.clone());
+            async move {
+                let pb::RaftCall { call, message } = call?;
+                let reply = hear(&own, &*raft, from, message.unwrap_or_default()).await;
+                let reply = reply.unwrap_or_else(|error| pb::RaftReply {
+                    kind: Some(pb::raft_reply::Kind::Error(error.to_string())),
+                });
+                Ok(pb::RaftAnswer {
+                    call,
+                    reply: Some(reply),
+                })
+            }
+        });
+        let answers = answers.buffer_unordered(RAFT_CALLS_IN_FLIGHT_MAX);
+        Ok(Response::new(answers.boxed()))
     }
 }
 
@@ -153,7 +198,11 @@ impl pb::metad_server::Metad for Grpc {
             let (peer, service) = (peer.clone(), service.clone());
             async move {
                 let pb::MutateCall { call, request } = call?;
-                let kind = match mutate(&*service, &peer, request.unwrap_or_default()).await {
+                let ended = match pb::MutateRequest::decode(request) {
+                    Ok(request) => mutate(&*service, &peer, request).await,
+                    Err(error) => Err(MetadError::Invalid(error.to_string()).into()),
+                };
+                let kind = match ended {
                     Ok(applied) => pb::mutate_reply::Kind::Applied(applied),
                     Err(error) => pb::mutate_reply::Kind::Failure(failure_of(&error)),
                 };

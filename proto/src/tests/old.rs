@@ -1,15 +1,18 @@
-//! A node of a version that has no stream of mutations.
+//! Nodes of a version that has no streams of calls.
 
 use super::fake::{TIMING, revoke};
 use crate::api::Applied;
 use crate::client::MetadClient;
 use crate::dial::{ByteStream, Dial};
+use crate::raft::{RaftPeer, RaftRpc};
 use crate::wire::{Wire, pb};
 use async_trait::async_trait;
+use bytes::Bytes;
 use futures::stream::BoxStream;
-use qsfs_zstor::id::{ClientId, ClusterId};
+use qsfs_zstor::id::{ClientId, ClusterId, MetadId};
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -73,14 +76,55 @@ impl pb::metad_server::Metad for Old {
     }
 }
 
-#[tokio::test]
-async fn a_node_without_a_stream_of_mutations_is_asked_one_by_one() {
+#[tonic::async_trait]
+impl pb::raft_server::Raft for Old {
+    type CallsStream = BoxStream<'static, Result<pb::RaftAnswer, Status>>;
+
+    async fn call(
+        &self,
+        request: Request<pb::RaftMessage>,
+    ) -> Result<Response<pb::RaftReply>, Status> {
+        let payload = request.into_inner().payload;
+        Ok(Response::new(pb::RaftReply {
+            kind: Some(pb::raft_reply::Kind::Payload(payload)),
+        }))
+    }
+
+    async fn calls(
+        &self,
+        _: Request<Streaming<pb::RaftCall>>,
+    ) -> Result<Response<Self::CallsStream>, Status> {
+        Err(Status::unimplemented("of an older version"))
+    }
+}
+
+async fn start() -> (
+    String,
+    tokio::task::JoinHandle<Result<(), tonic::transport::Error>>,
+) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let serving = tonic::transport::Server::builder()
         .add_service(pb::metad_server::MetadServer::new(Old))
+        .add_service(pb::raft_server::RaftServer::new(Old))
         .serve_with_incoming(TcpListenerStream::new(listener));
-    let serving = tokio::spawn(serving);
+    (address, tokio::spawn(serving))
+}
+
+#[tokio::test]
+async fn a_peer_without_a_stream_of_calls_is_called_one_by_one() {
+    let (address, serving) = start().await;
+    let peer = RaftPeer::over(MetadId(1), &address, Arc::new(Plain));
+    for payload in ["a", "b"].map(Bytes::from) {
+        let echo = peer.call(RaftRpc::Append, payload.clone(), Duration::from_secs(10));
+        assert_eq!(echo.await, Ok(payload));
+    }
+    serving.abort();
+}
+
+#[tokio::test]
+async fn a_node_without_a_stream_of_mutations_is_asked_one_by_one() {
+    let (address, serving) = start().await;
     let client = ClientId::random(&mut rand::rng());
     let client = MetadClient::over(vec![address], Arc::new(Plain), CLUSTER, client, TIMING);
     let client = client.unwrap();

@@ -15,6 +15,7 @@ use crate::wire::pb::join_client::JoinClient;
 use crate::wire::pb::metad_client::MetadClient as Stub;
 use crate::wire::pb::raft_client::RaftClient;
 use crate::wire::{Wire, error_of, pb};
+use prost::Message as _;
 use qsfs_zstor::id::{AgentId, BackendId, ClientId, DatafileId, Epoch, KeyId, MetadId, VolumeId};
 use qsfs_zstor::record::ShardState;
 use std::collections::BTreeSet;
@@ -148,7 +149,7 @@ table!(queries: Query;
 );
 
 /// The calls of every service, by name as in the schema.
-const RPCS: [(&str, Row); 8] = [
+const RPCS: [(&str, Row); 9] = [
     ("Join", ANYONE),
     ("Hello", CERTIFIED),
     // Their rows are those of the verbs.
@@ -160,6 +161,7 @@ const RPCS: [(&str, Row); 8] = [
     ("Watch", MEMBERS),
     // Raft's.
     ("Call", METADS),
+    ("Calls", METADS),
 ];
 
 struct Door {
@@ -236,7 +238,7 @@ async fn every_verb_is_for_its_roles_and_no_other() {
             let before = cluster.applied();
             let calls = futures::stream::iter([pb::MutateCall {
                 call: 1,
-                request: Some(request),
+                request: request.encode_to_vec().into(),
             }]);
             if let Ok(replies) = door.stub.mutations(calls).await {
                 let reply = replies.into_inner().message().await;
@@ -312,6 +314,10 @@ async fn call(door: &mut Door, rpc: &str) -> bool {
                 payload: Default::default(),
             };
             permitted(door.raft.call(request).await)
+        }
+        "Calls" => {
+            let calls = futures::stream::iter([pb::RaftCall::default()]);
+            permitted(door.raft.calls(calls).await)
         }
         other => panic!("no way to call {other}"),
     }
