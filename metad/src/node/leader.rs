@@ -36,15 +36,21 @@ const IDLE: Duration = Duration::from_secs(60);
 
 /// Runs until `stop`.
 pub(crate) async fn run(consensus: Consensus, soft: Arc<Soft>, stop: CancellationToken) {
-    let mut metrics = consensus.raft().metrics();
+    // These change with elections and members; `metrics` with every message.
+    let mut server = consensus.raft().server_metrics();
     loop {
-        while !consensus.leads() {
+        let term = loop {
+            {
+                let now = server.borrow_and_update();
+                if now.current_leader == Some(now.id) {
+                    break now.vote.leader_id().term;
+                }
+            }
             tokio::select! {
-                changed = metrics.changed() => if changed.is_err() { return },
+                changed = server.changed() => if changed.is_err() { return },
                 () = stop.cancelled() => return,
             }
-        }
-        let term = consensus.raft().metrics().borrow().current_term;
+        };
         // Until everything of earlier terms is applied here there is nothing to plan on.
         if let Err(error) = consensus.barrier().await {
             tracing::debug!(?error, "no majority confirms that this metad leads");

@@ -2,6 +2,8 @@
 //!
 //! The certificate of the caller names its Raft id; a request in the name of another node is refused.
 
+mod notices;
+
 use super::consensus::Consensus;
 use super::facts::NodeFacts;
 use super::receiving::Receiving;
@@ -9,9 +11,10 @@ use super::vigil::Spoken;
 use crate::ground::unknown_entry;
 use crate::log::storage::LogStore;
 use crate::machine::Machine;
-use crate::raft::{Raft, TypeConfig};
+use crate::raft::{LogId, Raft, TypeConfig};
 use async_trait::async_trait;
 use bytes::Bytes;
+use notices::Notices;
 use openraft::error::{
     InstallSnapshotError, NetworkError, RPCError, RaftError, RemoteError, Timeout, Unreachable,
 };
@@ -31,9 +34,8 @@ use qsfs_zstor::id::MetadId;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use tokio::sync::OnceCell;
 use tokio::time::Instant;
 
 /// Bytes of one snapshot chunk: far below proto's message limit.
@@ -107,7 +109,7 @@ pub struct Network {
     way: Way,
     me: u64,
     heard: Heard,
-    askers: Askers,
+    peers: Peers,
     own_facts: Arc<Mutex<NodeFacts>>,
     peers_facts: PeersFacts,
 }
@@ -115,8 +117,8 @@ pub struct Network {
 /// What each peer said of itself, and when.
 type PeersFacts = Arc<Mutex<BTreeMap<u64, (Instant, NodeFacts)>>>;
 
-/// Ways to the leader for [`Network::read_index`], beside those of Raft.
-type Askers = Arc<Mutex<BTreeMap<(MetadId, String), RaftPeer>>>;
+/// The one connection to each peer, at its newest address. Snapshots have their own: their chunks would hold up all else.
+type Peers = Arc<Mutex<BTreeMap<u64, (String, RaftPeer)>>>;
 
 /// When each peer replied last.
 type Heard = Arc<Mutex<BTreeMap<u64, Instant>>>;
@@ -134,7 +136,7 @@ impl Network {
             way,
             me: me.0,
             heard: Heard::default(),
-            askers: Askers::default(),
+            peers: Peers::default(),
             own_facts: Arc::default(),
             peers_facts: PeersFacts::default(),
         }
@@ -172,23 +174,23 @@ impl Network {
         address: &str,
         deadline: Duration,
     ) -> Result<u64, String> {
-        let key = (leader, address.to_owned());
-        let known = self.askers.lock().get(&key).cloned();
-        let peer = match known {
-            Some(peer) => peer,
-            None => {
-                let peer = self.way.to(leader, address).map_err(|e| e.to_string())?;
-                let mut askers = self.askers.lock();
-                // One leader at a time is asked.
-                askers.clear();
-                askers.insert(key, peer.clone());
-                peer
-            }
-        };
+        let peer = self.peer(leader, address).map_err(|e| e.to_string())?;
         let facts = serde_json::to_string(&self.own_facts()).map_err(|e| e.to_string())?;
         let reply = peer.call(RaftRpc::ReadIndex, encode(&facts), deadline);
         let reply = reply.await;
         decode(&reply.map_err(|error| error.to_string())?).map_err(|error| error.to_string())
+    }
+
+    fn peer(&self, target: MetadId, address: &str) -> Result<RaftPeer, TlsError> {
+        let mut peers = self.peers.lock();
+        match peers.get(&target.0) {
+            Some((known, peer)) if known == address => Ok(peer.clone()),
+            _ => {
+                let peer = self.way.to(target, address)?;
+                peers.insert(target.0, (address.to_owned(), peer.clone()));
+                Ok(peer)
+            }
+        }
     }
 
     /// Did this peer reply to anything lately?
@@ -221,34 +223,67 @@ impl RaftNetworkFactory<TypeConfig> for Outbound {
     type Network = Connection;
 
     async fn new_client(&mut self, target: u64, node: &BasicNode) -> Connection {
-        Connection {
-            way: self.network.way.clone(),
-            me: self.network.me,
+        let way = WayTo {
+            network: self.network.clone(),
             target,
             address: node.addr.clone(),
-            peer: OnceCell::new(),
-            heard: Arc::clone(&self.network.heard),
             log: self.log.clone(),
             machine: self.machine.clone(),
+            bulk: OnceLock::new(),
+        };
+        Connection {
+            way: Arc::new(way),
+            notices: Notices::default(),
         }
     }
 }
 
-/// The way to one peer.
+/// What openraft speaks to one peer through.
 pub struct Connection {
-    way: Way,
-    me: u64,
+    way: Arc<WayTo>,
+    notices: Notices,
+}
+
+/// The way to one peer.
+struct WayTo {
+    network: Network,
     target: u64,
     address: String,
-    peer: OnceCell<RaftPeer>,
-    heard: Heard,
     log: LogStore,
     machine: Machine,
+    /// The connection for snapshots.
+    bulk: OnceLock<RaftPeer>,
 }
 
 type CallResult<T, E> = Result<T, RPCError<u64, BasicNode, E>>;
 
-impl Connection {
+type Appended = CallResult<AppendEntriesResponse<u64>, RaftError<u64>>;
+
+impl WayTo {
+    fn peer(&self, rpc: RaftRpc) -> Result<RaftPeer, TlsError> {
+        let (network, target) = (&self.network, MetadId(self.target));
+        if rpc != RaftRpc::Snapshot {
+            return network.peer(target, &self.address);
+        }
+        if let Some(bulk) = self.bulk.get() {
+            return Ok(bulk.clone());
+        }
+        let bulk = network.way.to(target, &self.address)?;
+        Ok(self.bulk.get_or_init(|| bulk).clone())
+    }
+
+    async fn append(
+        &self,
+        mut request: AppendEntriesRequest<TypeConfig>,
+        option: &RPCOption,
+    ) -> (Option<LogId>, Appended) {
+        if let Err(silent) = self.log.hold_back(&mut request) {
+            return (None, Err(RPCError::Unreachable(Unreachable::new(&silent))));
+        }
+        let answer = self.call(RaftRpc::Append, &request, option, RPCTypes::AppendEntries);
+        (request.leader_commit, answer.await)
+    }
+
     async fn call<Q, A, E>(
         &self,
         rpc: RaftRpc,
@@ -262,9 +297,7 @@ impl Connection {
         E: std::error::Error + DeserializeOwned,
     {
         let peer = self
-            .peer
-            .get_or_try_init(|| async { self.way.to(MetadId(self.target), &self.address) })
-            .await
+            .peer(rpc)
             .map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
         let reply = peer.call(rpc, encode(request), option.hard_ttl()).await;
         let reply = match reply {
@@ -275,7 +308,7 @@ impl Connection {
             Err(RaftCallError::Timeout { .. }) => {
                 return Err(RPCError::Timeout(Timeout {
                     action,
-                    id: self.me,
+                    id: self.network.me,
                     target: self.target,
                     timeout: option.hard_ttl(),
                 }));
@@ -284,7 +317,9 @@ impl Connection {
                 return Err(RPCError::Network(NetworkError::new(&error)));
             }
         };
-        self.heard.lock().insert(self.target, Instant::now());
+        let mut heard = self.network.heard.lock();
+        heard.insert(self.target, Instant::now());
+        drop(heard);
         let answer: Result<A, E> = decode(&reply)
             .map_err(|error| RPCError::Network(NetworkError::new(&AnyError::new(&error))))?;
         answer.map_err(|error| RPCError::RemoteError(RemoteError::new(self.target, error)))
@@ -294,14 +329,18 @@ impl Connection {
 impl RaftNetwork<TypeConfig> for Connection {
     async fn append_entries(
         &mut self,
-        mut rpc: AppendEntriesRequest<TypeConfig>,
+        rpc: AppendEntriesRequest<TypeConfig>,
         option: RPCOption,
-    ) -> CallResult<AppendEntriesResponse<u64>, RaftError<u64>> {
-        if let Err(silent) = self.log.hold_back(&mut rpc) {
-            return Err(RPCError::Unreachable(Unreachable::new(&silent)));
+    ) -> Appended {
+        if rpc.entries.is_empty() && self.notices.keep(&rpc, &self.way) {
+            return Ok(AppendEntriesResponse::Success);
         }
-        self.call(RaftRpc::Append, &rpc, &option, RPCTypes::AppendEntries)
-            .await
+        let began = Instant::now();
+        let (told, answer) = self.way.append(rpc, &option).await;
+        if matches!(answer, Ok(AppendEntriesResponse::Success)) {
+            self.notices.answered(began, told);
+        }
+        answer
     }
 
     async fn install_snapshot(
@@ -312,12 +351,14 @@ impl RaftNetwork<TypeConfig> for Connection {
         // The other end reads a whole snapshot before it answers the last chunk: it is asked again until it has.
         let call = RPCOption::new(SNAPSHOT_CALL);
         loop {
-            let sent = self.call(RaftRpc::Snapshot, &rpc, &call, RPCTypes::InstallSnapshot);
+            let sent = self
+                .way
+                .call(RaftRpc::Snapshot, &rpc, &call, RPCTypes::InstallSnapshot);
             match sent.await {
                 Err(RPCError::Timeout(_)) if rpc.done => {}
                 Err(error @ RPCError::Network(_)) if rpc.done => {
                     // It did not verify there. Before the last chunk a refusal says only: later.
-                    self.machine.doubt_snapshot();
+                    self.way.machine.doubt_snapshot();
                     return Err(error);
                 }
                 ended => return ended,
@@ -330,7 +371,8 @@ impl RaftNetwork<TypeConfig> for Connection {
         rpc: VoteRequest<u64>,
         option: RPCOption,
     ) -> CallResult<VoteResponse<u64>, RaftError<u64>> {
-        self.call(RaftRpc::Vote, &rpc, &option, RPCTypes::Vote)
+        self.way
+            .call(RaftRpc::Vote, &rpc, &option, RPCTypes::Vote)
             .await
     }
 
