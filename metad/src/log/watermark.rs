@@ -1,7 +1,8 @@
 //! Up to where the log of this node is durable.
 
 use super::LogError;
-use tokio::sync::watch;
+use std::sync::Arc;
+use tokio::sync::{Notify, watch};
 
 #[derive(Debug, Default)]
 struct Progress {
@@ -15,6 +16,8 @@ struct Progress {
 #[derive(Debug, Clone)]
 pub struct Watermark {
     progress: watch::Sender<Progress>,
+    /// Wakes whoever waits for a failure alone: the mark moves with every commit.
+    failing: Arc<Notify>,
 }
 
 impl Watermark {
@@ -23,6 +26,7 @@ impl Watermark {
         let progress = Progress { end, failed: None };
         Self {
             progress: watch::Sender::new(progress),
+            failing: Arc::default(),
         }
     }
 
@@ -60,6 +64,7 @@ impl Watermark {
             progress.failed.get_or_insert_with(|| reason.to_owned());
             first
         });
+        self.failing.notify_waiters();
     }
 
     /// Returns once everything below `end` is durable.
@@ -85,14 +90,13 @@ impl Watermark {
 
     /// Returns the reason once a sync has failed; else never.
     pub async fn failure(&self) -> String {
-        let mut progress = self.progress.subscribe();
-        // The sender is here, so that the wait cannot end without a failure.
-        drop(
-            progress
-                .wait_for(|progress| progress.failed.is_some())
-                .await,
-        );
-        let failed = progress.borrow().failed.clone();
-        failed.unwrap_or_default()
+        loop {
+            // From before the look, so that no failure comes between unseen.
+            let failing = self.failing.notified();
+            if let Some(reason) = &self.progress.borrow().failed {
+                return reason.clone();
+            }
+            failing.await;
+        }
     }
 }
