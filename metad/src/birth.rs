@@ -110,7 +110,7 @@ pub(crate) async fn begin(
         .map_err(|error| failed(error.to_string()))?;
     let entry = Entry::internal(now_ms, Command::Initialize(genesis));
     let written = raft
-        .client_write(entry)
+        .client_write(entry.into())
         .await
         .map_err(|error| failed(error.to_string()))?;
     match written.data.0 {

@@ -1,10 +1,11 @@
 //! The types openraft is instantiated with. They stay inside this crate.
 
+pub mod proposed;
 pub mod runtime;
 
 use crate::machine::snapshot::SnapshotFile;
 use crate::state::Outcome;
-use crate::state::command::Entry as Proposal;
+use proposed::Proposed;
 use serde::{Deserialize, Serialize};
 
 /// What applying a log entry answers; `None` for entries that carry no command.
@@ -14,7 +15,7 @@ pub struct Response(pub Option<Outcome>);
 openraft::declare_raft_types!(
     /// Raft as metad runs it.
     pub TypeConfig:
-        D = Proposal,
+        D = Proposed,
         R = Response,
         NodeId = u64,
         Node = openraft::BasicNode,

@@ -195,7 +195,7 @@ async fn first_entries(
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now_ms = now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(0));
         let entry = Entry::internal(now_ms, Command::Mutation(create));
-        let written = raft.client_write(entry).await.map_err(failed)?;
+        let written = raft.client_write(entry.into()).await.map_err(failed)?;
         match written.data.0 {
             Some(Ok(_)) => tokens.push(token),
             Some(Err(refusal)) => return Err(refusal.into()),

@@ -105,7 +105,7 @@ impl Loader {
         self.index += 1;
         LogEntry {
             log_id: LogId::new(CommittedLeaderId::new(self.term, 1), self.index),
-            payload: EntryPayload::Normal(entry),
+            payload: EntryPayload::Normal(entry.into()),
         }
     }
 

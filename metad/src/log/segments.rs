@@ -3,7 +3,9 @@
 use super::LogError;
 use crate::durable;
 use crate::ground::{Program, unknown_entry};
+use crate::raft::proposed::{decode_entry, encode_entry};
 use crate::raft::{LogEntry, LogId, Vote};
+use bytes::Bytes;
 use openraft::RaftLogId;
 use qsfs_zdb::datafile::{
     Datafile, DatafileHeader, DatafileReader, FRAME_HEADER_BYTES, FrameParts, FrameView,
@@ -21,7 +23,7 @@ pub const SEGMENT_BYTES: u64 = 16 << 20;
 pub const CACHED_ENTRIES_MAX: usize = 2_048;
 
 /// Encoded bytes of the entries kept decoded.
-pub const CACHED_BYTES_MAX: usize = 8 << 20;
+pub const CACHED_BYTES_MAX: usize = 2 << 20;
 
 /// Version of the entry encoding, first byte of every entry frame.
 const ENTRY_VERSION: u8 = 1;
@@ -224,8 +226,7 @@ impl Segments {
                 bytes = 0;
                 self.roll()?;
             }
-            let body = postcard::to_extend(&entry, vec![ENTRY_VERSION])
-                .expect("plain data types always encode");
+            let body = encode_entry(&entry, vec![ENTRY_VERSION]);
             bytes += body.len() as u64 + FRAME_HEADER_BYTES;
             waiting.push((entry, body));
         }
@@ -552,7 +553,7 @@ pub(super) fn decode(
     match payload.split_first() {
         Some((&ENTRY_VERSION, body)) => {
             // The frame verified: nobody harmed it, somebody newer wrote it.
-            let decoded = postcard::from_bytes(body);
+            let decoded = decode_entry(&Bytes::copy_from_slice(body));
             let entry = decoded.map_err(|error| bad(unknown_entry(&error.to_string())))?;
             program.check(&entry).map_err(bad)?;
             Ok(entry)

@@ -29,7 +29,7 @@ fn proposal(time_ms: u64) -> Entry {
 fn entry(term: u64, index: u64) -> LogEntry {
     LogEntry {
         log_id: id(term, index),
-        payload: EntryPayload::Normal(proposal(term)),
+        payload: EntryPayload::Normal(proposal(term).into()),
     }
 }
 

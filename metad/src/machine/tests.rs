@@ -43,7 +43,7 @@ fn log_id(index: u64) -> LogId {
 fn entry(index: u64, command: Command) -> LogEntry {
     LogEntry {
         log_id: log_id(index),
-        payload: EntryPayload::Normal(Entry::internal(1_000 + index, command)),
+        payload: EntryPayload::Normal(Entry::internal(1_000 + index, command).into()),
     }
 }
 
@@ -264,7 +264,7 @@ fn state_and_snapshots_stay_bounded_while_records_come_and_go() {
         now_ms += later_ms;
         let entry = LogEntry {
             log_id: log_id(index),
-            payload: EntryPayload::Normal(Entry::internal(now_ms, command)),
+            payload: EntryPayload::Normal(Entry::internal(now_ms, command).into()),
         };
         let (mut responses, _) = machine.apply(vec![entry]).unwrap();
         responses.pop().unwrap().0.unwrap().unwrap();

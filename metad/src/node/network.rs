@@ -11,6 +11,7 @@ use super::vigil::Spoken;
 use crate::ground::unknown_entry;
 use crate::log::storage::LogStore;
 use crate::machine::Machine;
+use crate::raft::proposed::{decode_append, encode_append};
 use crate::raft::{LogId, Raft, TypeConfig};
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -78,10 +79,14 @@ fn encode<T: Serialize>(value: &T) -> Bytes {
         .into()
 }
 
-fn decode<T: DeserializeOwned>(payload: &[u8]) -> Result<T, PayloadError> {
-    match payload.split_first() {
-        Some((&PAYLOAD_VERSION, body)) => Ok(postcard::from_bytes(body)?),
-        other => Err(PayloadError::Version(other.map(|(version, _)| *version))),
+fn decode<T: DeserializeOwned>(payload: &Bytes) -> Result<T, PayloadError> {
+    Ok(postcard::from_bytes(&body_of(payload)?)?)
+}
+
+fn body_of(payload: &Bytes) -> Result<Bytes, PayloadError> {
+    match payload.first() {
+        Some(&PAYLOAD_VERSION) => Ok(payload.slice(1..)),
+        other => Err(PayloadError::Version(other.copied())),
     }
 }
 
@@ -280,26 +285,26 @@ impl WayTo {
         if let Err(silent) = self.log.hold_back(&mut request) {
             return (None, Err(RPCError::Unreachable(Unreachable::new(&silent))));
         }
-        let answer = self.call(RaftRpc::Append, &request, option, RPCTypes::AppendEntries);
+        let payload = encode_append(&request, vec![PAYLOAD_VERSION]).into();
+        let answer = self.call(RaftRpc::Append, payload, option, RPCTypes::AppendEntries);
         (request.leader_commit, answer.await)
     }
 
-    async fn call<Q, A, E>(
+    async fn call<A, E>(
         &self,
         rpc: RaftRpc,
-        request: &Q,
+        payload: Bytes,
         option: &RPCOption,
         action: RPCTypes,
     ) -> CallResult<A, E>
     where
-        Q: Serialize,
         A: DeserializeOwned,
         E: std::error::Error + DeserializeOwned,
     {
         let peer = self
             .peer(rpc)
             .map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
-        let reply = peer.call(rpc, encode(request), option.hard_ttl()).await;
+        let reply = peer.call(rpc, payload, option.hard_ttl()).await;
         let reply = match reply {
             Ok(reply) => reply,
             Err(error @ RaftCallError::Unreachable { .. }) => {
@@ -353,7 +358,7 @@ impl RaftNetwork<TypeConfig> for Connection {
         loop {
             let sent = self
                 .way
-                .call(RaftRpc::Snapshot, &rpc, &call, RPCTypes::InstallSnapshot);
+                .call(RaftRpc::Snapshot, encode(&rpc), &call, RPCTypes::InstallSnapshot);
             match sent.await {
                 Err(RPCError::Timeout(_)) if rpc.done => {}
                 Err(error @ RPCError::Network(_)) if rpc.done => {
@@ -372,7 +377,7 @@ impl RaftNetwork<TypeConfig> for Connection {
         option: RPCOption,
     ) -> CallResult<VoteResponse<u64>, RaftError<u64>> {
         self.way
-            .call(RaftRpc::Vote, &rpc, &option, RPCTypes::Vote)
+            .call(RaftRpc::Vote, encode(&rpc), &option, RPCTypes::Vote)
             .await
     }
 
@@ -438,12 +443,10 @@ impl RaftTransport for Inbound {
         match rpc {
             RaftRpc::Append => {
                 // The peer's certificate and the version verified: what does not decode is of a newer program.
-                let decoded = decode(&payload).map_err(|error| match error {
-                    PayloadError::Malformed(error) => unknown_entry(&error.to_string()),
-                    version @ PayloadError::Version(_) => version.to_string(),
-                });
-                let request: AppendEntriesRequest<TypeConfig> =
-                    decoded.inspect_err(|error| self.say_unknown(from, error))?;
+                let body = body_of(&payload).map_err(text)?;
+                let request = decode_append(&body)
+                    .map_err(|error| unknown_entry(&error.to_string()))
+                    .inspect_err(|error| self.say_unknown(from, error))?;
                 check_sender(from, &request.vote)?;
                 self.spoken.note(from.0);
                 let program = self.consensus.machine().ground().program;

@@ -144,7 +144,7 @@ impl Node {
     }
 
     async fn write(&self) -> u64 {
-        let written = self.raft.client_write(proposal(1)).await.unwrap();
+        let written = self.raft.client_write(proposal(1).into()).await.unwrap();
         written.log_id.index
     }
 }
@@ -187,7 +187,7 @@ async fn a_leader_whose_disk_hangs_commits_nothing_and_is_replaced_and_nothing_a
 
     leader.media.hang();
     let raft = leader.raft.clone();
-    let hopeless = tokio::spawn(async move { raft.client_write(proposal(2)).await });
+    let hopeless = tokio::spawn(async move { raft.client_write(proposal(2).into()).await });
     until("the entry does not reach the followers", || {
         others.iter().all(|other| other.held() > acknowledged)
     })
@@ -233,7 +233,7 @@ async fn followers_apply_nothing_that_their_leader_has_not_made_durable() {
     .await;
     leader.media.hang();
     let raft = leader.raft.clone();
-    let write = tokio::spawn(async move { raft.client_write(proposal(2)).await });
+    let write = tokio::spawn(async move { raft.client_write(proposal(2).into()).await });
     until("the entry does not reach the followers", || {
         others.iter().all(|other| other.held() > acknowledged)
     })

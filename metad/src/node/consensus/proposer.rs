@@ -66,7 +66,7 @@ impl Proposer {
     pub(super) async fn propose(&self, entry: Entry) -> Answer {
         // The semaphore is fair: a place is free here only if no group waits for one.
         if let Ok(_place) = self.places.try_acquire() {
-            let submitted = self.raft.client_write_ff(entry).await;
+            let submitted = self.raft.client_write_ff(entry.into()).await;
             return one(written(submitted).await);
         }
         let (answer, wait) = oneshot::channel();
@@ -112,7 +112,7 @@ async fn group(raft: Raft, mut waiting: mpsc::Receiver<Proposal>, places: Arc<Se
         let raft = raft.clone();
         let (entry, answers) = merge(proposals);
         // Submitted here, so that groups enter the log in the order of their proposals; awaited aside.
-        let submitted = raft.client_write_ff(entry).await;
+        let submitted = raft.client_write_ff(entry.into()).await;
         tokio::spawn(async move {
             let result = written(submitted).await;
             drop(place);

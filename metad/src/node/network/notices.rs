@@ -104,3 +104,69 @@ async fn tell(kept: Arc<Kept>, way: Arc<WayTo>) {
         }
     }
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::super::{Network, Way};
+    use super::*;
+    use crate::ground::Ground;
+    use crate::log::storage::LogStore;
+    use crate::raft::Vote;
+    use async_trait::async_trait;
+    use openraft::CommittedLeaderId;
+    use qsfs_proto::dial::{ByteStream, Dial};
+    use qsfs_zstor::id::MetadId;
+    use std::io;
+    use std::sync::OnceLock;
+
+    /// Says that it was asked, and connects to nobody.
+    struct Asked(Notify);
+
+    #[async_trait]
+    impl Dial for Asked {
+        async fn dial(&self, _: &str) -> io::Result<Box<dyn ByteStream>> {
+            self.0.notify_one();
+            Err(io::ErrorKind::ConnectionRefused.into())
+        }
+    }
+
+    fn committed(index: u64) -> AppendEntriesRequest<TypeConfig> {
+        AppendEntriesRequest {
+            vote: Vote::new_committed(1, 1),
+            prev_log_id: None,
+            entries: Vec::new(),
+            leader_commit: Some(LogId::new(CommittedLeaderId::new(1, 1), index)),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_committed_is_told_with_the_next_entries_or_after_a_lull() {
+        let asked = Arc::new(Asked(Notify::new()));
+        let dir = tempfile::tempdir().unwrap();
+        let way = Arc::new(WayTo {
+            network: Network::new(Way::Over(asked.clone()), MetadId(1)),
+            target: 2,
+            address: "peer:1".into(),
+            log: LogStore::open(&Ground::real(), dir.path()).unwrap(),
+            bulk: OnceLock::new(),
+        });
+        let mut notices = Notices::default();
+        // A machine may be too slow for a lull: the answers of this test are from the future.
+        let soon = Instant::now() + Duration::from_secs(600);
+        assert!(!notices.keep(&committed(3), &way), "it never answered");
+        notices.answered(soon, committed(2).leader_commit);
+        assert!(notices.keep(&committed(3), &way));
+        // Entries told it.
+        notices.answered(soon, committed(3).leader_commit);
+        assert!(notices.kept.newest.lock().is_none());
+        // Entries told less, as when the leader's own disk is behind.
+        assert!(notices.keep(&committed(4), &way));
+        notices.answered(soon, committed(3).leader_commit);
+        // So it is sent by itself.
+        let told = tokio::time::timeout(Duration::from_secs(60), asked.0.notified());
+        assert!(told.await.is_ok());
+        notices.answered(Instant::now() - LULL, None);
+        assert!(!notices.keep(&committed(5), &way), "the answer is too old");
+    }
+}

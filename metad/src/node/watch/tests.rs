@@ -12,7 +12,7 @@ use qsfs_zstor::id::{AgentId, ClusterId, MetadId};
 fn entry(index: u64, command: Command) -> LogEntry {
     LogEntry {
         log_id: LogId::new(CommittedLeaderId::new(1, 1), index),
-        payload: EntryPayload::Normal(Entry::internal(1_000 + index, command)),
+        payload: EntryPayload::Normal(Entry::internal(1_000 + index, command).into()),
     }
 }
 
