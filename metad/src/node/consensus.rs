@@ -4,6 +4,7 @@
 //! share the next one, so a thousand readers cost two rounds. Proposals are grouped in the same way (`consensus/proposer.rs`).
 
 mod proposer;
+mod returning;
 
 use super::facts::check_level;
 use crate::ground::WallClock;
