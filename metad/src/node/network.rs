@@ -356,9 +356,12 @@ impl RaftNetwork<TypeConfig> for Connection {
         // The other end reads a whole snapshot before it answers the last chunk: it is asked again until it has.
         let call = RPCOption::new(SNAPSHOT_CALL);
         loop {
-            let sent = self
-                .way
-                .call(RaftRpc::Snapshot, encode(&rpc), &call, RPCTypes::InstallSnapshot);
+            let sent = self.way.call(
+                RaftRpc::Snapshot,
+                encode(&rpc),
+                &call,
+                RPCTypes::InstallSnapshot,
+            );
             match sent.await {
                 Err(RPCError::Timeout(_)) if rpc.done => {}
                 Err(error @ RPCError::Network(_)) if rpc.done => {

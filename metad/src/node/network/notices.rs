@@ -112,6 +112,7 @@ mod tests {
     use super::*;
     use crate::ground::Ground;
     use crate::log::storage::LogStore;
+    use crate::machine::Machine;
     use crate::raft::Vote;
     use async_trait::async_trait;
     use openraft::CommittedLeaderId;
@@ -148,7 +149,8 @@ mod tests {
             network: Network::new(Way::Over(asked.clone()), MetadId(1)),
             target: 2,
             address: "peer:1".into(),
-            log: LogStore::open(&Ground::real(), dir.path()).unwrap(),
+            log: LogStore::open(&Ground::real(), &dir.path().join("log")).unwrap(),
+            machine: Machine::open(dir.path()).unwrap(),
             bulk: OnceLock::new(),
         });
         let mut notices = Notices::default();
