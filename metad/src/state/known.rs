@@ -1,7 +1,7 @@
 //! Rows that nearly every commit reads and hardly any writes, decoded: volumes and backends.
 //!
 //! What is known is as the state's own view reads it: whatever writes or takes back a row of these tables says so
-//! ([`Known::forget`]). It may outlive one view of a store and be handed to the next, as long as nothing else writes to that store.
+//! (`Known::forget`). It may outlive one view of a store and be handed to the next, as long as nothing else writes to that store.
 
 use super::State;
 use super::kv::{Kv, KvError};
