@@ -3,7 +3,7 @@
 mod full_disk;
 
 use super::arena::{Arena, Disk, NODES_MAX, enter_client};
-use super::checkers::{Terms, check_all, exactly_once};
+use super::checkers::{Terms, check_all, exactly_once, placement};
 use super::final_state::{BackendSite, FinalState, FinalVolume, NodeHash, volume_seen};
 use super::history::{Clock, Kind as Ended, Recorder};
 use super::plan::{Fault, Kind, Step, Whom, plan};
@@ -32,6 +32,8 @@ const HEALED_WITHIN: Duration = Duration::from_secs(60);
 const SAME_ENTRY_TRIES: u32 = 5;
 /// Nodes at the beginning and the end.
 const VOTERS: usize = 3;
+/// Between two looks at the end.
+const SETTLE: Duration = Duration::from_millis(200);
 
 /// What to run.
 #[derive(Debug, Clone)]
@@ -524,7 +526,7 @@ impl Run {
     }
 
     fn end(mut self, workload: &Workload) -> anyhow::Result<Report> {
-        let mut end = self.final_state(workload)?;
+        let mut end = self.settled_state(workload)?;
         end.nodes = self.hashes()?;
         self.arena.save_logs(&self.options.out)?;
         let events = self.recorder.finish()?;
@@ -549,6 +551,19 @@ impl Run {
         );
         write("report.txt", report.to_string())?;
         Ok(report)
+    }
+
+    /// The end, once what metad counts agrees with the records it lists: the leader counts right behind what it applies. Where
+    /// it never does, the checker says so.
+    fn settled_state(&self, workload: &Workload) -> anyhow::Result<FinalState> {
+        let deadline = Instant::now() + HEALED_WITHIN;
+        loop {
+            let end = self.final_state(workload)?;
+            if placement::check(&end).is_ok() || Instant::now() >= deadline {
+                return Ok(end);
+            }
+            std::thread::sleep(SETTLE);
+        }
     }
 
     fn final_state(&self, workload: &Workload) -> anyhow::Result<FinalState> {
