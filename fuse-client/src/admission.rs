@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 /// Longest time a count is used.
 const COUNT_EVERY: Duration = Duration::from_millis(250);
-/// Part of the volume kept free for the journal: removing must stay possible when writing is not.
-const RESERVE_PART: u64 = 64;
+/// Part of the volume kept free: for the journal, as removing must stay possible when writing is not, and for what was stored since the
+/// backends last said how much room they have, which a quick push makes several datafiles.
+const RESERVE_PART: u64 = 16;
 /// Least and most that is kept free.
 const RESERVE_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=256 << 20;
 
