@@ -28,6 +28,17 @@ pub fn check(end: &FinalState) -> Result<Summary, Violation> {
     Ok(Summary::new(NAME, text))
 }
 
+/// Does metad count what the records show, wherever it was asked? It counts right behind what it applies.
+pub fn is_counted(end: &FinalState) -> Result<bool, Violation> {
+    for (key, volume) in &end.volumes {
+        let found = below_policy(key, volume, end)?;
+        if volume.below_policy.is_some_and(|counted| counted != found) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
 fn below_policy(key: &str, volume: &FinalVolume, end: &FinalState) -> Result<u64, Violation> {
     let mut below = 0;
     for record in &volume.records {
