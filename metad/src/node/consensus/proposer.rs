@@ -7,7 +7,7 @@
 //! An entry of its own for every proposal would cost a write, a message to each follower, a sync and several turns of openraft's loop each.
 //! So one group is under way at a time; whatever arrives meanwhile goes as the next one. Several at once would overlap a little better and
 //! be smaller: on busy cores they cost more than they gain (8 callers 5,700 commits/s with one, 5,050 with two; 256 callers 15,300 and
-//! 13,700). What is answered is unchanged: a proposal is answered after its group is applied, hence durable on a majority.
+//! 13,700; `commit_speed -- --seconds 2`, one run each of an earlier build). What is answered is unchanged: a proposal is answered after its group is applied, hence durable on a majority.
 
 use super::DEADLINE;
 use super::returning::Returning;
