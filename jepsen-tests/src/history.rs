@@ -2,7 +2,9 @@
 //!
 //! A workload does [`Operation`]s one after the other, on the mount and in a [`Model`], and notes after which of them an fsync
 //! returned. After the crash the mount is read back into a model; [`check`] looks for a prefix of the operations that
-//! gives exactly that model.
+//! gives exactly that model. A write counts as several: the kernel hands a mount one `write(2)` in several requests, cut
+//! where a page of the file ends, when it does not have the page that the write begins in (`fuse_fill_write_pages` in
+//! Linux). Each request is whole, and the last write of the prefix may have come as far as one of them.
 
 use rand::Rng;
 use rand::rngs::StdRng;
@@ -14,6 +16,8 @@ use std::path::Path;
 
 /// Files of the workload at most; few, so that operations meet each other.
 const FILES_MAX: u32 = 12;
+/// Where the kernel may cut a write in two: multiples of a page within the file.
+const PAGE_BYTES: u64 = 4096;
 
 /// One operation on a flat directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -156,6 +160,29 @@ impl Model {
 }
 
 impl Operation {
+    /// What a crash in the middle of it may leave: the first requests of a write, none of anything else.
+    fn begun(&self) -> Vec<Self> {
+        let Self::Write {
+            name,
+            offset,
+            bytes,
+        } = self
+        else {
+            return Vec::new();
+        };
+        let end = offset + bytes.len() as u64;
+        ((offset / PAGE_BYTES + 1)..=(end - 1) / PAGE_BYTES)
+            .map(|page| {
+                let length = usize::try_from(page * PAGE_BYTES - offset).expect("small files");
+                Self::Write {
+                    name: name.clone(),
+                    offset: *offset,
+                    bytes: bytes[..length].to_vec(),
+                }
+            })
+            .collect()
+    }
+
     /// Does it for real.
     pub fn perform(&self, dir: &Path) -> io::Result<()> {
         match self {
@@ -178,11 +205,19 @@ impl Operation {
     }
 }
 
-/// Finds the longest prefix of the history that gives `observed` and holds everything synced: its length, or what is wrong.
+/// Finds the longest prefix of the history that gives `observed` and holds everything synced: how many operations of it
+/// were done in full, or what is wrong.
 pub fn check(history: &History, observed: &Model) -> Result<usize, String> {
     let mut model = Model::default();
     let mut found = (model == *observed).then_some(0);
     for (number, operation) in history.operations.iter().enumerate() {
+        for begun in operation.begun() {
+            // The parts of one write grow, so that the next may be applied over the one before, and the whole over them.
+            model.apply(&begun);
+            if model == *observed {
+                found = Some(number);
+            }
+        }
         model.apply(operation);
         if model == *observed {
             found = Some(number + 1);
@@ -319,5 +354,32 @@ mod tests {
         let mut torn = Model::default();
         torn.apply(&write("a", 0, b"who"));
         assert!(check(&history, &torn).is_err());
+    }
+
+    #[test]
+    fn the_last_write_may_end_with_a_page() {
+        let whole = vec![7; 9_000];
+        let mut history = History {
+            operations: vec![write("a", 0, b"first"), write("a", 3, &whole)],
+            synced: 1,
+        };
+        for (length, accepted) in [
+            (4_093, true),
+            (4_093 + 4_096, true),
+            (4_092, false),
+            (4_096, false),
+        ] {
+            let mut begun = state_after(&history, None, 1);
+            begun.apply(&write("a", 3, &whole[..length]));
+            assert_eq!(check(&history, &begun).ok(), accepted.then_some(1));
+        }
+        let mut begun = state_after(&history, None, 1);
+        begun.apply(&write("a", 3, &whole[..4_093]));
+        history.synced = 2;
+        assert!(check(&history, &begun).is_err(), "an fsync owes all of it");
+        history.synced = 1;
+        history.operations.push(write("b", 0, b"later"));
+        begun.apply(&write("b", 0, b"later"));
+        assert!(check(&history, &begun).is_err(), "nothing follows a part");
     }
 }
