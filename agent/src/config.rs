@@ -70,12 +70,22 @@ impl DataDir {
 
     /// Where the identity is.
     pub(crate) fn identity(&self) -> PathBuf {
-        self.path.join(IDENTITY_DIR)
+        Self::identity_of(&self.path)
+    }
+
+    /// The same of a directory that is not locked.
+    pub(crate) fn identity_of(path: &Path) -> PathBuf {
+        path.join(IDENTITY_DIR)
     }
 
     /// The configuration, if there is one.
     pub(crate) fn load(&self) -> Result<Option<Config>, AgentError> {
-        let path = self.path.join(CONFIG_FILE);
+        Self::read(&self.path)
+    }
+
+    /// That of a directory that is not locked: another process may change it.
+    pub(crate) fn read(dir: &Path) -> Result<Option<Config>, AgentError> {
+        let path = dir.join(CONFIG_FILE);
         let text = match fs::read_to_string(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other.map_err(AgentError::io("read", &path))?,

@@ -130,6 +130,9 @@ pub enum AgentError {
     /// The agent's certificate and key.
     #[error("identity: {0}")]
     Identity(#[from] qsfs_proto::identity::IdentityError),
+    /// A new certificate.
+    #[error(transparent)]
+    Renewal(#[from] qsfs_proto::renewal::RenewalError),
     /// TLS.
     #[error(transparent)]
     Tls(#[from] qsfs_proto::tls::TlsError),

@@ -74,7 +74,7 @@ pub async fn join(options: JoinOptions) -> Result<Joined, AgentError> {
     })
 }
 
-fn parse_token(text: &str) -> Result<JoinToken, AgentError> {
+pub(crate) fn parse_token(text: &str) -> Result<JoinToken, AgentError> {
     let token: JoinToken = text
         .trim()
         .parse()

@@ -18,6 +18,7 @@
 //! - [`cluster`], [`store`]: the seams to metad and to backends
 
 mod attached;
+mod certificate;
 mod client_store;
 pub mod cluster;
 mod config;
@@ -46,6 +47,7 @@ mod testing;
 mod tour;
 mod tour_file;
 
+pub use certificate::renew_certificate;
 pub use error::AgentError;
 pub use join::{Joined, join};
 pub use options::{AttachSpec, BackendSpec, JoinOptions, ServeOptions};

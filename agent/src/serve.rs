@@ -9,6 +9,7 @@
 //! whether or not metad answers; every task ends at shutdown.
 
 use crate::attached::AttachedProbe;
+use crate::certificate;
 use crate::client_store::{self, ClientStore, connect_plain};
 use crate::cluster::Cluster;
 use crate::config::{Config, DataDir};
@@ -26,7 +27,8 @@ use crate::tour_file::TourFile;
 use crate::{AgentError, ServeOptions};
 use qsfs_proto::api::Role;
 use qsfs_proto::client::MetadClient;
-use qsfs_proto::identity::Identity;
+use qsfs_proto::identity::{Identity, LiveIdentity};
+use qsfs_proto::renewal::{IdentityDir, Renewal};
 use qsfs_proto::tls::{AGENT_SERVER_NAME, ClientAuth, client_config, server_config};
 use qsfs_zdb::client::ClientTls;
 use qsfs_zdb::engine::{Engine, EngineOptions};
@@ -58,6 +60,8 @@ pub async fn serve(options: ServeOptions, shutdown: CancellationToken) -> Result
         .filter(|_| config.is_complete())
         .ok_or_else(|| AgentError::Unfinished(options.data.clone()))?;
     let identity = Identity::load(&data.identity())?;
+    certificate::check(&identity)?;
+    let identity = LiveIdentity::new(identity);
     let listener = TcpListener::bind(config.listen)
         .await
         .map_err(|source| AgentError::Listen {
@@ -104,6 +108,7 @@ pub async fn serve(options: ServeOptions, shutdown: CancellationToken) -> Result
         data.path(),
         &stop,
     );
+    let renewing = client.clone();
     let watch = MembersWatch {
         client,
         config: config.clone(),
@@ -111,6 +116,13 @@ pub async fn serve(options: ServeOptions, shutdown: CancellationToken) -> Result
         shutdown: stop.clone(),
     };
     tasks.spawn(watch.run());
+    let renewal = Renewal::new(
+        identity,
+        Arc::new(IdentityDir(data.identity())),
+        Arc::new(renewing),
+        certificate::REJOIN_ADVICE,
+    );
+    tasks.spawn(renewal.run(|_| {}, stop.clone()));
     tracing::info!(%agent, location = %config.location, node = %config.node, listen = %config.listen, backends = backends.len(), "agent serves");
     let served = qsfs_zdb::server::serve(listener, Arc::clone(&engine), server, stop.clone()).await;
     stop.cancel();

@@ -3,6 +3,7 @@
 pub mod admission;
 pub mod backends;
 pub mod cache;
+mod certificate;
 pub mod cluster;
 pub mod control;
 pub mod errno;

@@ -8,6 +8,7 @@
 mod requests;
 
 use crate::backends::ZdbConnector;
+use crate::certificate::{self, KitCopy};
 use crate::cluster::Cluster;
 use crate::control::{Progress, server};
 use crate::error::MountError;
@@ -17,7 +18,10 @@ use crate::session::{Session, SessionParts};
 use crate::state::{ClientFile, lock};
 use crate::store::layout::StateDir;
 use qsfs_proto::api::Volume;
+use qsfs_proto::client::MetadClient;
 use qsfs_proto::context::Context;
+use qsfs_proto::identity::LiveIdentity;
+use qsfs_proto::renewal::{ClusterFile, Home, Renewal};
 use qsfs_zdb::media::DiskMedia;
 use qsfs_zstor::id::{ClientId, Epoch, VolumeName};
 use requests::Requests;
@@ -46,6 +50,8 @@ pub struct MountOptions {
     pub state_dir: PathBuf,
     /// Cluster and identity; `None`: those in the kit.
     pub context: Option<Context>,
+    /// File that `context` is of: a renewed certificate is kept there. `None`: in the state directory's copy of the kit.
+    pub cluster_file: Option<PathBuf>,
     /// Recovery kit; needed once per state directory.
     pub kit: Option<PathBuf>,
     /// Take the volume from a living writer.
@@ -82,6 +88,7 @@ impl MountOptions {
             mountpoint: mountpoint.into(),
             state_dir: state_dir.into(),
             context: None,
+            cluster_file: None,
             kit: None,
             takeover: false,
             read_only: false,
@@ -123,7 +130,7 @@ pub async fn run(
     let locking = dir.clone();
     let held = tokio::task::spawn_blocking(move || lock(&locking)).await;
     let _held = held.map_err(|error| MountError::Task(error.to_string()))??;
-    let parts = prepare(&options, &dir).await?;
+    let (parts, renewal) = prepare(&options, &dir).await?;
     let session = tokio::select! {
         session = Session::begin(parts) => Arc::new(session?),
         () = shutdown.cancelled() => return Ok(()),
@@ -139,6 +146,9 @@ pub async fn run(
         }
     };
     let stop = shutdown.child_token();
+    let renewing = CancellationToken::new();
+    let _renewed_to_the_end = renewing.clone().drop_guard();
+    tokio::spawn(renewal.run(|_| {}, renewing));
     let served = serve_control(&dir, &session, &handle, &stop);
     if let Err(error) = served {
         finish(&options, &session, &handle, true).await?;
@@ -161,9 +171,19 @@ pub async fn run(
 }
 
 /// Kit, context, volume and state directory, checked against each other.
-async fn prepare(options: &MountOptions, dir: &StateDir) -> Result<SessionParts, MountError> {
-    let kit = load_kit(options, dir)?;
+async fn prepare(
+    options: &MountOptions,
+    dir: &StateDir,
+) -> Result<(SessionParts, Renewal), MountError> {
+    let kit = newest_kit(load_kit(options, dir)?, dir);
     let context = options.context.clone().unwrap_or_else(|| kit.context());
+    let context = if kit.identity.supersedes(context.identity()) {
+        context.with_identity(kit.identity.clone())
+    } else {
+        context
+    };
+    certificate::check(context.identity())?;
+    let identity = LiveIdentity::from(context.identity());
     if context.cluster() != kit.cluster {
         return Err(MountError::Foreign {
             path: options.kit.clone().unwrap_or_else(|| dir.kit()),
@@ -177,11 +197,10 @@ async fn prepare(options: &MountOptions, dir: &StateDir) -> Result<SessionParts,
         Some(file) => file.client(&dir.client_file())?,
         None => ClientId::random(&mut rand::rng()),
     };
-    let cluster: Arc<dyn Cluster> = Arc::new(
-        context
-            .client(client)
-            .map_err(MountError::metad("connect to metad"))?,
-    );
+    let metad = MetadClient::new(context.endpoints().to_vec(), &identity, client)
+        .map_err(MountError::metad("connect to metad"))?;
+    let signer = Arc::new(metad.clone());
+    let cluster: Arc<dyn Cluster> = Arc::new(metad);
     let volume = cluster
         .volume(&options.volume)
         .await
@@ -196,9 +215,14 @@ async fn prepare(options: &MountOptions, dir: &StateDir) -> Result<SessionParts,
     if options.kit.is_some() {
         kit.save(&dir.kit())?;
     }
-    let tls = qsfs_proto::tls::client_config(context.identity())
+    let tls = qsfs_proto::tls::client_config(&identity)
         .map_err(|error| MountError::Identity(error.to_string()))?;
-    Ok(SessionParts {
+    let home: Arc<dyn Home> = match &options.cluster_file {
+        Some(file) => Arc::new(ClusterFile(file.clone())),
+        None => Arc::new(KitCopy(dir.kit())),
+    };
+    let renewal = Renewal::new(identity, home, signer, certificate::ADVICE);
+    let parts = SessionParts {
         cluster,
         connector: Arc::new(ZdbConnector { tls }),
         volume,
@@ -211,7 +235,19 @@ async fn prepare(options: &MountOptions, dir: &StateDir) -> Result<SessionParts,
         read_only: options.read_only,
         cache_limit_bytes: options.cache_limit_bytes,
         founder: fuse::own_caller(),
-    })
+    };
+    Ok((parts, renewal))
+}
+
+/// With the certificate that an earlier mount may have renewed in the state directory's copy of the kit.
+fn newest_kit(kit: RecoveryKit, dir: &StateDir) -> RecoveryKit {
+    match RecoveryKit::load(&dir.kit()) {
+        Ok(kept) if kept.identity.supersedes(&kit.identity) => RecoveryKit {
+            identity: kept.identity,
+            ..kit
+        },
+        _ => kit,
+    }
 }
 
 fn load_kit(options: &MountOptions, dir: &StateDir) -> Result<RecoveryKit, MountError> {

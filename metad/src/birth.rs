@@ -9,8 +9,8 @@ use crate::options::{
 use crate::state::command::{Command, Entry, Genesis, MemberRow};
 use crate::state::settings;
 use openraft::BasicNode;
-use qsfs_proto::api::{MetadError, Role};
-use qsfs_proto::ca::CertificateAuthority;
+use qsfs_proto::api::{MetadError, Mutation, Role};
+use qsfs_proto::ca::{CertificateAuthority, LEAF_VALIDITY};
 use qsfs_proto::context::Context;
 use qsfs_proto::join::Joiner;
 use qsfs_proto::token::JoinToken;
@@ -30,13 +30,15 @@ const FIRST_LEADER_DEADLINE: Duration = Duration::from_secs(30);
 /// Makes the first metad of a new cluster: identity, CA, log with its first entries. Run it with [`serve`].
 pub async fn bootstrap(options: BootstrapOptions) -> Result<Bootstrapped, NodeError> {
     settings::check(&options.settings)?;
+    let life = options.certificate_life.unwrap_or(LEAF_VALIDITY);
+    settings::check_certificate_life(life)?;
     let advertise = advertised(&options.listen, options.advertise.as_deref())?;
     let dir = DataDir::lock_new(&options.data)?;
     let cluster = ClusterId::random(&mut rand::rng());
     let authority = CertificateAuthority::create(cluster)?;
     let id = MetadId(1);
-    let identity = authority.issue(Role::Metad, &id.to_string())?;
-    let admin = authority.issue(Role::Admin, ADMIN_NAME)?;
+    let identity = authority.issue_for(Role::Metad, &id.to_string(), life)?;
+    let admin = authority.issue_for(Role::Admin, ADMIN_NAME, life)?;
     let roles = std::iter::repeat_n(Role::Metad, METAD_TOKENS)
         .chain(std::iter::repeat_n(Role::Agent, options.agent_tokens));
     let mut tokens = Vec::new();
@@ -74,7 +76,10 @@ pub async fn bootstrap(options: BootstrapOptions) -> Result<Bootstrapped, NodeEr
             .collect(),
     };
     let core = node::start(&dir, &node, &identity).await?;
-    let begun = begin(&core.raft, genesis, SystemClock.now_ms()).await;
+    let mut begun = begin(&core.raft, genesis, SystemClock.now_ms()).await;
+    if begun.is_ok() && options.certificate_life.is_some() {
+        begun = set_certificate_life(&core.raft, life).await;
+    }
     let stopped = core.raft.shutdown().await;
     stopped.map_err(|error| NodeError::Raft(error.to_string()))?;
     begun?;
@@ -108,9 +113,19 @@ pub(crate) async fn begin(
         .current_leader(first, "the only metad leads")
         .await
         .map_err(|error| failed(error.to_string()))?;
-    let entry = Entry::internal(now_ms, Command::Initialize(genesis));
+    write(raft, now_ms, Command::Initialize(genesis)).await
+}
+
+async fn set_certificate_life(raft: &crate::raft::Raft, life: Duration) -> Result<(), NodeError> {
+    let life_ms = u64::try_from(life.as_millis()).unwrap_or(u64::MAX);
+    let set = Command::Mutation(Mutation::SetCertificateLife { life_ms });
+    write(raft, SystemClock.now_ms(), set).await
+}
+
+async fn write(raft: &crate::raft::Raft, now_ms: u64, command: Command) -> Result<(), NodeError> {
+    let failed = |error: String| NodeError::Raft(error);
     let written = raft
-        .client_write(entry.into())
+        .client_write(Entry::internal(now_ms, command).into())
         .await
         .map_err(|error| failed(error.to_string()))?;
     match written.data.0 {

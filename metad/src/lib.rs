@@ -29,9 +29,11 @@ pub mod raft;
 pub mod state;
 
 mod birth;
+mod certificate;
 mod rebirth;
 
 pub use birth::{bootstrap, join, serve, serve_on};
+pub use certificate::{authority, renew_certificate};
 pub use node::NodeError;
 pub use options::{
     BootstrapOptions, Bootstrapped, JoinOptions, Joined, RecoverOptions, Recovery, RestoreOptions,

@@ -11,11 +11,14 @@ pub mod admission;
 pub mod agents;
 pub mod bare;
 pub mod bounding;
+mod certificates;
+pub mod clock;
 pub mod consensus;
 pub mod datadir;
 pub mod facts;
 pub mod freshness;
 pub mod leader;
+pub mod leases;
 pub mod members;
 pub mod network;
 pub mod receiving;
@@ -43,7 +46,7 @@ use network::{Inbound, Network, Outbound, Way};
 use openraft::{Config, SnapshotPolicy};
 use qsfs_proto::api::MetadError;
 use qsfs_proto::ca::{CaError, CertificateAuthority};
-use qsfs_proto::identity::{Identity, IdentityError};
+use qsfs_proto::identity::{Identity, IdentityError, LiveIdentity};
 use qsfs_proto::server::ServeError;
 use qsfs_proto::token::TokenError;
 use qsfs_zstor::id::{ClusterId, MetadId, NodeName};
@@ -217,8 +220,9 @@ async fn open_or_renew(
     identity: Identity,
     authority: &CertificateAuthority,
     shutdown: &CancellationToken,
-) -> Result<(NodeFile, Identity, Core), NodeError> {
+) -> Result<(NodeFile, LiveIdentity, Core), NodeError> {
     if !dir.is_renewing() {
+        let identity = LiveIdentity::new(identity);
         match start(dir, &node, &identity).await {
             Ok(core) => return Ok((node, identity, core)),
             Err(error) if renewal::is_damage(&error) => {
@@ -229,6 +233,7 @@ async fn open_or_renew(
         }
     }
     let (node, identity) = renewal::renew(dir, &node, authority, shutdown).await?;
+    let identity = LiveIdentity::new(identity);
     let core = start(dir, &node, &identity).await?;
     Ok((node, identity, core))
 }
@@ -266,11 +271,11 @@ async fn remember_peers(raft: Raft, path: PathBuf, own: u64) {
 pub(crate) async fn start(
     dir: &DataDir,
     node: &NodeFile,
-    identity: &Identity,
+    identity: impl Into<LiveIdentity>,
 ) -> Result<Core, NodeError> {
     let ground = Ground::real();
     let took_part = !dir.peers()?.is_empty();
-    let network = Network::new(Way::Tls(identity.clone()), node.id);
+    let network = Network::new(Way::Tls(identity.into()), node.id);
     start_on(
         &ground,
         dir.path(),
@@ -386,23 +391,20 @@ async fn run_on(
             opened => opened?,
         };
     let stop = shutdown.child_token();
-    let clock = Arc::clone(&core.machine.ground().clock);
-    let expires_ms = identity.expires_ms()?;
-    core.network.set_own_facts(NodeFacts::of(
-        core.machine.ground().program,
-        clock.now_ms(),
-        expires_ms,
-    ));
+    let started_ms = core.machine.ground().clock.now_ms();
+    let program = core.machine.ground().program;
+    core.network
+        .change_own_facts(|facts| *facts = NodeFacts::of(program, started_ms));
+    let renewing = renew_own(&dir, &identity, &authority, (&core, &node), &stop).await?;
     let about = core.network.clone();
     let backing_up = tokio::spawn(crate::backup::run(
         core.machine.clone(),
         dir.path().to_owned(),
         move |backup, (disk_free_bytes, disk_bytes)| {
-            about.set_own_facts(NodeFacts {
-                backup,
-                disk_free_bytes,
-                disk_bytes,
-                ..about.own_facts()
+            about.change_own_facts(|facts| {
+                facts.backup = backup;
+                facts.disk_free_bytes = disk_free_bytes;
+                facts.disk_bytes = disk_bytes;
             });
         },
         stop.clone(),
@@ -415,6 +417,9 @@ async fn run_on(
     let ended = serve(&core, &node, (&identity, authority), listener, &shutdown).await;
     remembering.abort();
     stop.cancel();
+    if let Err(error) = renewing.await {
+        tracing::warn!(%error, "the task that renews the certificate failed");
+    }
     if let Err(error) = backing_up.await {
         tracing::warn!(%error, "the task that backs up failed");
     }
@@ -434,6 +439,31 @@ async fn run_on(
         room::to_begin_anew(dir.path(), &core, &shutdown).await?;
     }
     ended
+}
+
+/// Renews the node's certificate, now if it is time (the node was off past its end), and for as long as it runs.
+async fn renew_own(
+    dir: &DataDir,
+    live: &LiveIdentity,
+    authority: &CertificateAuthority,
+    (core, node): (&Core, &NodeFile),
+    stop: &CancellationToken,
+) -> Result<JoinHandle<()>, NodeError> {
+    let authority = CertificateAuthority::from_pem(authority.ca_pem(), authority.key_pem())?;
+    let of = (core.machine.clone(), node.id);
+    let mut renewal = certificates::own(live, dir.identity(), authority, of);
+    let network = core.network.clone();
+    let tell = move |identity: &Identity| {
+        if let Ok(validity) = identity.validity() {
+            network.change_own_facts(|facts| {
+                facts.certificate_expires_ms = validity.ends_ms;
+                facts.certificate_life_ms = validity.life_ms();
+            });
+        }
+    };
+    tell(&live.current());
+    renewal.step(&tell).await;
+    Ok(tokio::spawn(renewal.run(tell, stop.clone())))
 }
 
 /// The tasks of a node, and what answers.
@@ -496,7 +526,7 @@ impl Running {
 async fn serve(
     core: &Core,
     node: &NodeFile,
-    (identity, authority): (&Identity, CertificateAuthority),
+    (identity, authority): (&LiveIdentity, CertificateAuthority),
     listener: TcpListener,
     shutdown: &CancellationToken,
 ) -> Result<(), NodeError> {

@@ -6,6 +6,7 @@ use qsfs_proto::context::Context;
 use qsfs_proto::token::JoinToken;
 use qsfs_zstor::id::{LocationName, MetadId, NodeName};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Lifetime of the tokens that a bootstrap prints.
 pub const BOOTSTRAP_TOKEN_TTL_MS: u64 = 24 * 3_600_000;
@@ -25,6 +26,8 @@ pub struct BootstrapOptions {
     pub data: PathBuf,
     /// Settings of the cluster.
     pub settings: ClusterSettings,
+    /// For how long certificates are made; `None`: [`qsfs_proto::ca::LEAF_VALIDITY`].
+    pub certificate_life: Option<Duration>,
     /// Tokens for agents to make, beside the two for metads.
     pub agent_tokens: usize,
 }

@@ -341,5 +341,6 @@ fn mutate<K: Kv>(state: &mut State<K>, mutation: &Mutation, now_ms: u64) -> Resu
             tokens::create(state, hash, *role, *ttl_ms, now_ms)
         }
         Mutation::RevokeToken { prefix } => tokens::revoke(state, prefix),
+        Mutation::SetCertificateLife { life_ms } => settings::set_certificate_life(state, *life_ms),
     }
 }

@@ -3,6 +3,8 @@
 
 #[path = "cluster/repair.rs"]
 mod repair;
+#[path = "cluster/security.rs"]
+mod security;
 #[path = "cluster/watch.rs"]
 mod watch;
 
@@ -124,6 +126,7 @@ async fn start() -> Cluster {
         advertise: None,
         data: first.data.clone(),
         settings: settings(),
+        certificate_life: None,
         agent_tokens: 2,
     })
     .await

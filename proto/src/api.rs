@@ -265,6 +265,41 @@ pub struct Member {
     pub leader: bool,
 }
 
+/// The voters that removing a metad node would leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VotersLeft {
+    /// All.
+    pub voters: usize,
+    /// Those of them that answer.
+    pub answering: usize,
+}
+
+impl VotersLeft {
+    /// After `removed` is gone.
+    pub fn without(members: &[Member], removed: MetadId) -> Self {
+        let left = members.iter().filter(|m| m.voter && m.id != removed);
+        Self {
+            voters: left.clone().count(),
+            answering: left.filter(|member| member.healthy).count(),
+        }
+    }
+
+    /// Nothing is agreed on by fewer.
+    pub fn majority(self) -> usize {
+        self.voters / 2 + 1
+    }
+
+    /// Can they agree on anything?
+    pub fn have_quorum(self) -> bool {
+        self.answering >= self.majority()
+    }
+
+    /// So many more may fail before nothing is agreed on any more.
+    pub fn spare(self) -> usize {
+        self.answering.saturating_sub(self.majority())
+    }
+}
+
 /// A shard that was found bad.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardReport {
@@ -488,6 +523,11 @@ pub enum Mutation {
         /// First 8 hexadecimal digits of the hash, as listed.
         prefix: String,
     },
+    /// Admin. How long certificates live that are made from now on. (Not one of [`ClusterSettings`], whose form is fixed in logs.)
+    SetCertificateLife {
+        /// In ms.
+        life_ms: u64,
+    },
 }
 
 /// Answer to a [`Mutation`] that was applied.
@@ -641,4 +681,44 @@ pub struct JoinGrant {
     pub metad_id: Option<MetadId>,
     /// metad only: the CA key, so that no secret exists once.
     pub ca_key_pem: Option<Secret>,
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    fn members(healthy: &[bool], learners: usize) -> Vec<Member> {
+        let all = healthy.iter().map(|healthy| (*healthy, true));
+        let all = all.chain(std::iter::repeat_n((true, false), learners));
+        let member = |(id, (healthy, voter)): (u64, (bool, bool))| Member {
+            id: MetadId(id),
+            name: format!("m{id}").parse().unwrap(),
+            location: "ams".parse().unwrap(),
+            address: "h:1".into(),
+            voter,
+            healthy,
+            leader: id == 1,
+        };
+        (1..).zip(all).map(member).collect()
+    }
+
+    #[test]
+    fn a_healthy_member_is_kept_while_a_silent_one_counts() {
+        let left = |healthy: &[bool], learners, removed| {
+            let left = VotersLeft::without(&members(healthy, learners), MetadId(removed));
+            (left.have_quorum(), left.spare())
+        };
+        let (up, down) = (true, false);
+        assert_eq!(left(&[up, up, up], 0, 2), (true, 0));
+        assert_eq!(left(&[up, up, down], 0, 3), (true, 0));
+        assert_eq!(left(&[up, up, down], 0, 2), (false, 0));
+        assert_eq!(left(&[up; 5], 0, 2), (true, 1));
+        assert_eq!(left(&[up, up, up, up, down], 0, 2), (true, 0));
+        assert_eq!(left(&[up, up, up, down, down], 0, 2), (false, 0));
+        // A learner, who copies everything yet, is no help.
+        assert_eq!(left(&[up, up, down], 1, 2), (false, 0));
+        assert_eq!(left(&[up], 0, 1), (false, 0));
+    }
 }

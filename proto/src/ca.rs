@@ -7,7 +7,8 @@
 
 use crate::api::{Role, Secret};
 use crate::identity::{
-    Identity, IdentityError, KeyRequest, PEM_BYTES_MAX, PeerIdentity, certificate_from_pem,
+    Identity, IdentityError, KeyRequest, PEM_BYTES_MAX, PeerIdentity, Validity,
+    certificate_from_pem, wall_ms,
 };
 use crate::tls::{AGENT_SERVER_NAME, METAD_SERVER_NAME};
 use qsfs_zstor::id::ClusterId;
@@ -17,14 +18,14 @@ use rcgen::{
 };
 use rustls_pki_types::CertificateDer;
 use std::fmt;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-const DAY: Duration = Duration::from_secs(24 * 3_600);
-
-/// Validity of a leaf unless asked otherwise: two years.
+/// Life of a leaf unless the cluster's setting says otherwise: two years. It is renewed at two thirds ([`crate::renewal`]).
 pub const LEAF_VALIDITY: Duration = Duration::from_secs(2 * 366 * 24 * 3_600);
-/// Validity of the CA: twenty years.
+/// Validity of the CA: twenty years. No leaf outlives it.
 pub const CA_VALIDITY: Duration = Duration::from_secs(20 * 366 * 24 * 3_600);
+/// Shortest life of a leaf: what is renewed more often has no time to be.
+pub const LEAF_VALIDITY_MIN: Duration = Duration::from_secs(5);
 
 /// Why the CA did not sign.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +49,7 @@ pub struct CertificateAuthority {
     cluster: ClusterId,
     certificate_pem: String,
     certificate: CertificateDer<'static>,
+    expires_ms: u64,
     key_pem: Secret,
     issuer: Issuer<'static, KeyPair>,
 }
@@ -69,7 +71,7 @@ impl CertificateAuthority {
             .distinguished_name
             .push(DnType::CommonName, format!("QSFS CA {cluster}"));
         params.subject_alt_names = vec![SanType::URI(format!("qsfs://{cluster}").try_into()?)];
-        set_validity(&mut params, SystemTime::now(), CA_VALIDITY);
+        set_validity(&mut params, Validity::for_life(wall_ms(), ms(CA_VALIDITY)));
         let certificate = params.self_signed(&key)?;
         Self::from_pem(&certificate.pem(), &Secret(key.serialize_pem()))
     }
@@ -85,6 +87,7 @@ impl CertificateAuthority {
         Ok(Self {
             cluster,
             certificate_pem: ca_pem.to_owned(),
+            expires_ms: Validity::of(&certificate)?.ends_ms,
             issuer: Issuer::from_ca_cert_der(&certificate, key)?,
             certificate,
             key_pem: key_pem.clone(),
@@ -101,6 +104,11 @@ impl CertificateAuthority {
         &self.certificate_pem
     }
 
+    /// When it ends, ms since the epoch.
+    pub fn expires_ms(&self) -> u64 {
+        self.expires_ms
+    }
+
     /// Its key. Belongs into 0600 files of metad nodes and into the grant of a joining metad node, nowhere else.
     pub fn key_pem(&self) -> &Secret {
         &self.key_pem
@@ -111,13 +119,14 @@ impl CertificateAuthority {
         *blake3::hash(&self.certificate).as_bytes()
     }
 
-    /// Signs the public key of a request (its signature is checked) for the given identity. Answers PEM.
+    /// Signs the public key of a request (its signature is checked) for the given identity, to live for `life`, but not longer than
+    /// the CA. Answers PEM.
     pub fn sign(
         &self,
         csr_pem: &str,
         role: Role,
         subject: &str,
-        validity: Duration,
+        life: Duration,
     ) -> Result<String, CaError> {
         if csr_pem.len() > PEM_BYTES_MAX {
             return Err(IdentityError::malformed("signing request", "it is too long").into());
@@ -139,14 +148,35 @@ impl CertificateAuthority {
             let usage = ExtendedKeyUsagePurpose::ServerAuth;
             params.extended_key_usages.push(usage);
         }
-        set_validity(&mut params, SystemTime::now(), validity);
+        let now_ms = wall_ms();
+        let life_ms = ms(life).min(self.expires_ms.saturating_sub(now_ms));
+        set_validity(&mut params, Validity::for_life(now_ms, life_ms));
         Ok(params.signed_by(&request.public_key, &self.issuer)?.pem())
     }
 
     /// A new key and its certificate in one step, for identities made beside the CA (bootstrap, tests).
     pub fn issue(&self, role: Role, subject: &str) -> Result<Identity, CaError> {
+        self.issue_for(role, subject, LEAF_VALIDITY)
+    }
+
+    /// A new key and certificate of the same identity, made for as long as the present one was. Who asks for that holds the authority.
+    pub fn renew(&self, identity: &Identity) -> Result<Identity, CaError> {
+        if identity.cluster() != self.cluster {
+            return Err(CaError::KeyMismatch);
+        }
+        let life = Duration::from_millis(identity.validity()?.life_ms());
+        self.issue_for(identity.role(), identity.subject(), life)
+    }
+
+    /// [`Self::issue`], to live for `life`.
+    pub fn issue_for(
+        &self,
+        role: Role,
+        subject: &str,
+        life: Duration,
+    ) -> Result<Identity, CaError> {
         let request = KeyRequest::new()?;
-        let certificate = self.sign(request.csr_pem(), role, subject, LEAF_VALIDITY)?;
+        let certificate = self.sign(request.csr_pem(), role, subject, life)?;
         Ok(request.finish(certificate, self.certificate_pem.clone())?)
     }
 }
@@ -160,12 +190,14 @@ fn server_name(role: Role) -> Option<&'static str> {
     }
 }
 
-/// Begins a day early, so that a peer whose clock is behind accepts it.
-fn set_validity(params: &mut CertificateParams, now: SystemTime, validity: Duration) {
+fn ms(life: Duration) -> u64 {
+    u64::try_from(life.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn set_validity(params: &mut CertificateParams, validity: Validity) {
     let epoch = rcgen::date_time_ymd(1970, 1, 1);
-    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-    params.not_before = epoch + now.saturating_sub(DAY);
-    params.not_after = epoch + now + validity;
+    params.not_before = epoch + Duration::from_millis(validity.begins_ms);
+    params.not_after = epoch + Duration::from_millis(validity.ends_ms);
 }
 
 fn cluster_of(certificate: &CertificateDer<'_>) -> Result<ClusterId, CaError> {

@@ -17,7 +17,7 @@ use crate::api::{
 };
 use crate::channel::endpoint_of;
 use crate::dial::{Dial, TlsDial};
-use crate::identity::Identity;
+use crate::identity::LiveIdentity;
 use crate::server::{Consistency, RequestId};
 use crate::status::Status;
 use crate::verb::{Answer, Query};
@@ -194,7 +194,7 @@ impl MetadClient {
     /// Connects when first used. `endpoints` are `host:port`; those of the other metad nodes are learned by the way.
     pub fn new(
         endpoints: Vec<String>,
-        identity: &Identity,
+        identity: impl Into<LiveIdentity>,
         client: ClientId,
     ) -> Result<Self, MetadError> {
         Self::with_timing(endpoints, identity, client, Timing::default())
@@ -203,13 +203,15 @@ impl MetadClient {
     /// [`Self::new`] with other deadlines.
     pub fn with_timing(
         endpoints: Vec<String>,
-        identity: &Identity,
+        identity: impl Into<LiveIdentity>,
         client: ClientId,
         timing: Timing,
     ) -> Result<Self, MetadError> {
+        let identity = identity.into();
+        let cluster = identity.peer().cluster;
         let dial =
             TlsDial::of(identity).map_err(|error| MetadError::Unreachable(error.to_string()))?;
-        Self::over(endpoints, dial, identity.cluster(), client, timing)
+        Self::over(endpoints, dial, cluster, client, timing)
     }
 
     /// [`Self::with_timing`] over whatever `dial` opens.
@@ -476,6 +478,26 @@ impl MetadClient {
             .await?
         {
             Answer::Certificate(pem) => Ok(pem),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// A new certificate (PEM) for the key of the request, of the process that asks: who it is comes from the certificate of its
+    /// connection alone.
+    pub async fn renew_certificate(&self, csr_pem: &str) -> Result<String, MetadError> {
+        match self
+            .ask(Query::RenewCertificate(csr_pem.to_owned()))
+            .await?
+        {
+            Answer::Certificate(pem) => Ok(pem),
+            _ => Err(mismatch()),
+        }
+    }
+
+    /// For how long certificates are made, in ms.
+    pub async fn certificate_life_ms(&self) -> Result<u64, MetadError> {
+        match self.ask(Query::CertificateLife).await? {
+            Answer::CertificateLife(life_ms) => Ok(life_ms),
             _ => Err(mismatch()),
         }
     }

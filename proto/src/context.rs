@@ -12,7 +12,7 @@
 
 use crate::api::{MetadError, Role, Secret};
 use crate::client::MetadClient;
-use crate::identity::{Identity, IdentityError, IdentityPem, PEM_BYTES_MAX, write_private};
+use crate::identity::{Identity, IdentityError, IdentityPem, Locked, PEM_BYTES_MAX, write_private};
 use qsfs_zstor::id::{ClientId, ClusterId};
 use serde::{Deserialize, Serialize};
 use std::env;
@@ -176,6 +176,34 @@ impl Context {
             fs::create_dir_all(dir).map_err(io)?;
         }
         write_private(path, text.as_bytes()).map_err(io)
+    }
+
+    /// Changes a file that several processes may change at once: what it holds is read, changed and written while no other does.
+    /// Nothing is written when nothing changed.
+    pub fn update(path: &Path, change: impl FnOnce(Self) -> Self) -> Result<Self, ContextError> {
+        let _locked = Locked::parent_of(path).map_err(|source| ContextError::Io {
+            step: "locking the directory of",
+            path: path.to_owned(),
+            source,
+        })?;
+        let old = Self::load(path)?;
+        let new = change(old.clone());
+        if new != old {
+            new.save(path)?;
+        }
+        Ok(new)
+    }
+
+    /// The same with other endpoints.
+    #[must_use]
+    pub fn with_endpoints(self, endpoints: Vec<String>) -> Self {
+        Self { endpoints, ..self }
+    }
+
+    /// The same with another certificate of the same identity.
+    #[must_use]
+    pub fn with_identity(self, identity: Identity) -> Self {
+        Self { identity, ..self }
     }
 
     /// metad endpoints, `host:port`.

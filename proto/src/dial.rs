@@ -1,6 +1,6 @@
 //! How a connection to a metad node comes to be: TCP and TLS, or what a simulation has instead of them.
 
-use crate::identity::Identity;
+use crate::identity::LiveIdentity;
 use crate::tls::{METAD_SERVER_NAME, TlsError, grpc_client_config};
 use async_trait::async_trait;
 use rustls::ClientConfig;
@@ -21,20 +21,34 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> ByteStream for T {}
 pub trait Dial: Send + Sync + 'static {
     /// Connects to `host:port`. The caller sets the deadline.
     async fn dial(&self, address: &str) -> io::Result<Box<dyn ByteStream>>;
+
+    /// As whom it dials: rises when our certificate is renewed. Connections made before should be made anew; calls under way on
+    /// them may end there.
+    fn generation(&self) -> u64 {
+        0
+    }
 }
 
 /// TCP, then TLS with the server name of metad.
 pub(crate) struct TlsDial {
     config: Arc<ClientConfig>,
+    /// `None`: who joins has none yet.
+    identity: Option<LiveIdentity>,
 }
 
 impl TlsDial {
     pub(crate) fn over(config: Arc<ClientConfig>) -> Arc<dyn Dial> {
-        Arc::new(Self { config })
+        Arc::new(Self {
+            config,
+            identity: None,
+        })
     }
 
-    pub(crate) fn of(identity: &Identity) -> Result<Arc<dyn Dial>, TlsError> {
-        Ok(Self::over(grpc_client_config(identity)?))
+    pub(crate) fn of(identity: LiveIdentity) -> Result<Arc<dyn Dial>, TlsError> {
+        Ok(Arc::new(Self {
+            config: grpc_client_config(&identity)?,
+            identity: Some(identity),
+        }))
     }
 }
 
@@ -46,5 +60,10 @@ impl Dial for TlsDial {
         let name = ServerName::try_from(METAD_SERVER_NAME).map_err(io::Error::other)?;
         let connector = TlsConnector::from(self.config.clone());
         Ok(Box::new(connector.connect(name, stream).await?))
+    }
+
+    fn generation(&self) -> u64 {
+        let identity = self.identity.as_ref();
+        identity.map_or(0, LiveIdentity::generation)
     }
 }

@@ -3,6 +3,16 @@
 //! The certificate's subject alternative name carries `qsfs://CLUSTER/ROLE/SUBJECT`. Subjects: a metad node has its Raft
 //! id, an agent `location/node`, a client the volume id it is bound to or `*`, an admin its name.
 //! Invariant: an [`Identity`] always has a certificate that parses, is of the CA beside it, and matches the key.
+//!
+//! [`LiveIdentity`] is the identity of a process that runs, replaced when its certificate is renewed ([`crate::renewal`]).
+
+mod files;
+mod live;
+
+pub use files::{CA_FILE, CERT_FILE, KEY_FILE, NEXT_KEY_FILE};
+pub use live::LiveIdentity;
+
+pub(crate) use files::{Locked, write_private};
 
 use crate::api::{Role, Secret};
 use qsfs_zstor::id::{ClusterId, LocationName, MetadId, NodeName, VolumeId};
@@ -10,19 +20,11 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::fs;
-use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::{SystemTime, UNIX_EPOCH};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
-
-/// File of the leaf certificate in an identity directory.
-pub const CERT_FILE: &str = "cert.pem";
-/// File of the private key.
-pub const KEY_FILE: &str = "key.pem";
-/// File of the cluster's CA certificate.
-pub const CA_FILE: &str = "ca.pem";
 
 /// Longest subject, in bytes.
 pub const SUBJECT_BYTES_MAX: usize = 160;
@@ -62,6 +64,26 @@ pub enum IdentityError {
     /// The certificate is of another CA.
     #[error("the certificate was not signed by the CA beside it; join again")]
     OtherCa,
+    /// Nobody accepts it any more.
+    #[error(
+        "the certificate of {whose} ended {days} days ago (or the clock here is wrong), and nobody accepts it any more: {advice}"
+    )]
+    Ended {
+        /// Role and subject.
+        whose: String,
+        /// How long ago, in days.
+        days: u64,
+        /// What to do.
+        advice: String,
+    },
+    /// A certificate of another process.
+    #[error("the new certificate is of {found}, not of {wanted}")]
+    OtherIdentity {
+        /// Whose it is.
+        found: PeerIdentity,
+        /// Whose it should be.
+        wanted: PeerIdentity,
+    },
     /// The key could not be made.
     #[error("making a key: {0}")]
     KeyGeneration(String),
@@ -229,6 +251,55 @@ impl FromStr for Role {
     }
 }
 
+/// From when to when a certificate is good. Times in ms since the epoch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Validity {
+    /// Not before. The CA sets it back by [`Self::BACKDATED_MS`], or by the whole life of a shorter one.
+    pub begins_ms: u64,
+    /// Not after.
+    pub ends_ms: u64,
+}
+
+impl Validity {
+    /// A certificate begins so long before it was made, so that a peer whose clock is behind accepts it.
+    pub const BACKDATED_MS: u64 = 24 * 3_600_000;
+
+    /// Of a certificate that is made at `now_ms` to live for `life_ms`.
+    pub fn for_life(now_ms: u64, life_ms: u64) -> Self {
+        Self {
+            begins_ms: now_ms.saturating_sub(life_ms.min(Self::BACKDATED_MS)),
+            ends_ms: now_ms.saturating_add(life_ms),
+        }
+    }
+
+    /// How long it was made to live; the other way round from [`Self::for_life`].
+    pub fn life_ms(self) -> u64 {
+        let whole = self.ends_ms.saturating_sub(self.begins_ms);
+        if whole >= 2 * Self::BACKDATED_MS {
+            whole - Self::BACKDATED_MS
+        } else {
+            whole / 2
+        }
+    }
+
+    pub(crate) fn of(certificate: &CertificateDer<'_>) -> Result<Self, IdentityError> {
+        let (_, parsed) = X509Certificate::from_der(certificate)
+            .map_err(|error| IdentityError::malformed("certificate", error))?;
+        let ms = |seconds: i64| u64::try_from(seconds).unwrap_or(0).saturating_mul(1_000);
+        let validity = parsed.validity();
+        Ok(Self {
+            begins_ms: ms(validity.not_before.timestamp()),
+            ends_ms: ms(validity.not_after.timestamp()),
+        })
+    }
+}
+
+/// Now, in ms since the epoch.
+pub(crate) fn wall_ms() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| u64::try_from(now.as_millis()).unwrap_or(u64::MAX))
+}
+
 /// The plain form of an [`Identity`], to be kept inside other files (context, recovery kit). All PEM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -271,36 +342,6 @@ impl Identity {
         self.pem.clone()
     }
 
-    /// Reads `cert.pem`, `key.pem` and `ca.pem` of a directory.
-    pub fn load(dir: &Path) -> Result<Self, IdentityError> {
-        Self::from_pem(IdentityPem {
-            certificate: read_pem(&dir.join(CERT_FILE))?,
-            key: Secret(read_pem(&dir.join(KEY_FILE))?),
-            ca: read_pem(&dir.join(CA_FILE))?,
-        })
-    }
-
-    /// Writes the three files, each durable and readable by the owner only, the certificate last: a directory with a
-    /// certificate is complete.
-    pub fn save(&self, dir: &Path) -> Result<(), IdentityError> {
-        let io = |step, path: &Path, source| IdentityError::Io {
-            step,
-            path: path.to_owned(),
-            source,
-        };
-        fs::create_dir_all(dir).map_err(|error| io("creating", dir, error))?;
-        let files = [
-            (KEY_FILE, &self.pem.key.0),
-            (CA_FILE, &self.pem.ca),
-            (CERT_FILE, &self.pem.certificate),
-        ];
-        for (name, text) in files {
-            let path = dir.join(name);
-            write_private(&path, text.as_bytes()).map_err(|error| io("writing", &path, error))?;
-        }
-        Ok(())
-    }
-
     /// Who this is.
     pub fn peer(&self) -> &PeerIdentity {
         &self.peer
@@ -321,13 +362,33 @@ impl Identity {
         &self.peer.subject
     }
 
+    /// Is this the same process's, and does it end later than the other?
+    pub fn supersedes(&self, other: &Self) -> bool {
+        let ends = |identity: &Self| identity.expires_ms().unwrap_or(0);
+        self.peer == other.peer && self.pem.ca == other.pem.ca && ends(self) > ends(other)
+    }
+
+    /// From when to when the certificate is good.
+    pub fn validity(&self) -> Result<Validity, IdentityError> {
+        Validity::of(&certificate_from_pem("certificate", &self.pem.certificate)?)
+    }
+
     /// When the certificate ends, ms since the epoch.
     pub fn expires_ms(&self) -> Result<u64, IdentityError> {
-        let leaf = certificate_from_pem("certificate", &self.pem.certificate)?;
-        let (_, parsed) = X509Certificate::from_der(&leaf)
-            .map_err(|error| IdentityError::malformed("certificate", error))?;
-        let seconds = parsed.validity().not_after.timestamp();
-        Ok(u64::try_from(seconds).unwrap_or(0).saturating_mul(1_000))
+        Ok(self.validity()?.ends_ms)
+    }
+
+    /// Refuses a certificate that has ended. `advice`: what its owner does then.
+    pub fn check_not_ended(&self, now_ms: u64, advice: &str) -> Result<(), IdentityError> {
+        let ends_ms = self.validity()?.ends_ms;
+        if now_ms < ends_ms {
+            return Ok(());
+        }
+        Err(IdentityError::Ended {
+            whose: format!("{} {}", self.peer.role, self.peer.subject),
+            days: (now_ms - ends_ms) / 86_400_000,
+            advice: advice.to_owned(),
+        })
     }
 
     /// The CA as PEM.
@@ -408,40 +469,4 @@ pub(crate) fn certificate_from_pem(
     }
     CertificateDer::from_pem_slice(pem.as_bytes())
         .map_err(|error| IdentityError::malformed(what, error))
-}
-
-fn read_pem(path: &Path) -> Result<String, IdentityError> {
-    let io = |source| IdentityError::Io {
-        step: "reading",
-        path: path.to_owned(),
-        source,
-    };
-    let bytes = fs::metadata(path).map_err(io)?.len();
-    if bytes > PEM_BYTES_MAX as u64 {
-        return Err(io(io::Error::other("the file is too long to be PEM")));
-    }
-    fs::read_to_string(path).map_err(io)
-}
-
-/// Writes a file that only its owner may read: durable under a temporary name first, then renamed over `path`, so that a
-/// reader sees the old or the new text, never half of it.
-pub(crate) fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut draft = path.as_os_str().to_owned();
-    draft.push(".new");
-    let draft = PathBuf::from(draft);
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&draft)?;
-    // `mode` counts only for a new file; a leftover draft keeps its own.
-    file.set_permissions(fs::Permissions::from_mode(0o600))?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&draft, path)?;
-    match path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
-        Some(dir) => fs::File::open(dir)?.sync_all(),
-        None => fs::File::open(".")?.sync_all(),
-    }
 }

@@ -6,6 +6,7 @@
 //!
 //! - [`api`]: the verbs and nouns as domain types; [`watch`]: changes as they come; [`status`]: the status contract
 //! - [`identity`], [`ca`], [`token`], [`tls`]: who a process is, how it came to be, and how it proves it
+//! - [`renewal`]: a process renews its own certificate, in time and without a pause
 //! - [`context`]: `cluster.toml`, where the cluster is and who we are
 //! - [`dial`]: how a connection comes to be, which a simulation replaces
 //! - [`client`]: finds the leader, retries exactly once, ends at its deadline; [`join`]: the first contact
@@ -21,6 +22,7 @@ pub mod dial;
 pub mod identity;
 pub mod join;
 pub mod raft;
+pub mod renewal;
 pub mod server;
 pub mod status;
 pub mod tls;

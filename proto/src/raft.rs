@@ -2,7 +2,7 @@
 
 use crate::channel::{Versioned, connect_over, describe, versioned};
 use crate::dial::{Dial, TlsDial};
-use crate::identity::Identity;
+use crate::identity::LiveIdentity;
 use crate::line::{Line, Numbered};
 use crate::tls::TlsError;
 use crate::wire::pb::raft_client::RaftClient;
@@ -84,6 +84,8 @@ pub struct RaftPeer {
 /// A connection, and its stream of calls. Clones share both.
 #[derive(Clone)]
 struct Open {
+    /// Under which it was dialled ([`Dial::generation`]).
+    generation: u64,
     stub: RaftClient<Versioned>,
     /// `None`: a peer of a version that has no such stream.
     line: Arc<OnceCell<Option<Line<RaftCall, RaftAnswer>>>>,
@@ -124,8 +126,12 @@ impl Open {
 
 impl RaftPeer {
     /// `target` is checked at the other end: a peer that moved to another address is not mistaken for it.
-    pub fn new(target: MetadId, address: &str, identity: &Identity) -> Result<Self, TlsError> {
-        Ok(Self::over(target, address, TlsDial::of(identity)?))
+    pub fn new(
+        target: MetadId,
+        address: &str,
+        identity: impl Into<LiveIdentity>,
+    ) -> Result<Self, TlsError> {
+        Ok(Self::over(target, address, TlsDial::of(identity.into())?))
     }
 
     /// [`Self::new`] over whatever `dial` opens.
@@ -206,8 +212,10 @@ impl RaftPeer {
     }
 
     async fn connect(&self, deadline: Duration) -> Result<Open, String> {
+        let generation = self.dial.generation();
         let channel = connect_over(&self.address, self.dial.clone(), deadline).await?;
         let open = Open {
+            generation,
             stub: RaftClient::new(versioned(channel))
                 .max_decoding_message_size(RAFT_FRAME_BYTES_MAX)
                 .max_encoding_message_size(RAFT_FRAME_BYTES_MAX),
@@ -217,8 +225,10 @@ impl RaftPeer {
         Ok(open)
     }
 
+    /// The connection there is, unless another certificate was taken up since.
     fn known(&self) -> Option<Open> {
-        self.lock().clone()
+        let open = self.lock().clone();
+        open.filter(|open| open.generation == self.dial.generation())
     }
 
     /// Lets go of this connection, not of a newer one.

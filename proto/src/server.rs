@@ -1,22 +1,29 @@
 //! The shell around a [`MetadService`]: TLS, limits, who may say what, and the wire.
 //!
 //! Invariants: no request body of a caller without certificate is read except a join; the role table (`server/roles.rs`) is asked before every verb; a
-//! slow or hostile connection costs at most one of [`CONNECTIONS_MAX`] places and ends by a deadline.
+//! slow or hostile connection costs at most one of its [`Places`] and ends by a deadline.
 
 mod accept;
 mod grpc;
+mod limits;
 mod roles;
 mod watching;
 
-use accept::{Connection, incoming, known};
+use accept::{ConnectedPeer, Connection, incoming, known};
 use grpc::{Grpc, check_member, check_metad, check_version};
+use limits::Metering;
+
+pub use limits::{
+    MUTATION_STREAMS_MAX, PENDING_BYTES_MAX, PENDING_BYTES_MAX_ALL, READS_MAX, REPORT_BYTES_MAX,
+    SESSIONS_MAX,
+};
 
 use crate::api::{
     Agent, AgentOrder, AgentReport, Applied, Backend, BackendFacts, ClusterSettings, Freshness,
     JoinGrant, JoinRequest, Member, MetadError, Mutation, PlacementAnswer, TokenInfo, Volume,
 };
 use crate::dial::ByteStream;
-use crate::identity::{Identity, PeerIdentity};
+use crate::identity::{LiveIdentity, PeerIdentity};
 use crate::raft::{RAFT_FRAME_BYTES_MAX, RaftRpc};
 use crate::status::Status;
 use crate::tls::{self, ClientAuth, TlsError};
@@ -41,8 +48,33 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 
-/// Most connections a metad node serves at once, handshakes included.
-pub const CONNECTIONS_MAX: usize = 4_096;
+/// Places for connections of a metad node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Places {
+    /// All, handshakes included; who comes after waits to be accepted.
+    pub connections: usize,
+    /// Of these, those of agents, clients and admins: the rest is for handshakes and for the other metad nodes.
+    pub members: usize,
+    /// Of one identity. All clients that joined by token are one.
+    pub each: usize,
+    /// Handshakes at once; who comes after is closed.
+    pub handshakes: usize,
+    /// Of strangers.
+    pub strangers: usize,
+}
+
+impl Default for Places {
+    fn default() -> Self {
+        Self {
+            connections: 4_096,
+            members: 3_584,
+            each: 1_024,
+            handshakes: 512,
+            strangers: 64,
+        }
+    }
+}
+
 /// Orders or reports that may wait in an agent session, each way.
 pub const SESSION_QUEUE_MAX: usize = 64;
 /// Largest request or answer outside the Raft channel.
@@ -50,7 +82,7 @@ pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// Largest join request.
 const JOIN_BYTES_MAX: usize = 128 << 10;
 /// Most calls in flight on one connection.
-const STREAMS_MAX: u32 = 256;
+pub const STREAMS_MAX: u32 = 256;
 /// Open calls may take so long after `shutdown`.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 /// Between HTTP/2 pings, at both ends.
@@ -199,6 +231,20 @@ pub trait MetadService: Send + Sync + 'static {
         volume: Option<VolumeId>,
     ) -> Result<String, CallError>;
 
+    /// Signs a new certificate for the caller itself: role and subject are those of its present one, never of the request.
+    /// Whoever is gone (its agent, its volume) is refused. Answers PEM.
+    async fn renew_certificate(
+        &self,
+        caller: &PeerIdentity,
+        csr_pem: &str,
+    ) -> Result<String, CallError>;
+
+    /// How long certificates live that are made now, in ms.
+    async fn certificate_life_ms(&self, caller: &PeerIdentity) -> Result<u64, CallError>;
+
+    /// A member has connected with a certificate that ends then (ms since the epoch).
+    fn heard_certificate(&self, caller: &PeerIdentity, expires_ms: u64);
+
     /// Begins a scrub tour of one backend or of all.
     async fn scrub(
         &self,
@@ -254,15 +300,28 @@ pub enum ServeError {
     Transport(#[from] tonic::transport::Error),
 }
 
-/// Serves until `shutdown`; then no new calls are taken and open ones have a short while to end.
+/// Serves until `shutdown`; then no new calls are taken and open ones have a short while to end. New connections are served with the
+/// identity as it is then; a connection ends with the certificate that its other end showed.
 pub async fn serve(
     listener: TcpListener,
-    identity: &Identity,
+    identity: impl Into<LiveIdentity>,
     service: Arc<dyn MetadService>,
     raft: Arc<dyn RaftTransport>,
     shutdown: CancellationToken,
 ) -> Result<(), ServeError> {
-    let config = tls::grpc_server_config(identity, ClientAuth::Optional)?;
+    let places = Places::default();
+    serve_within(places, listener, identity.into(), (service, raft), shutdown).await
+}
+
+/// [`serve`] with other limits.
+pub(crate) async fn serve_within(
+    places: Places,
+    listener: TcpListener,
+    identity: LiveIdentity,
+    (service, raft): (Arc<dyn MetadService>, Arc<dyn RaftTransport>),
+    shutdown: CancellationToken,
+) -> Result<(), ServeError> {
+    let config = tls::grpc_server_config(&identity, ClientAuth::Optional)?;
     let kill = CancellationToken::new();
     // However this future ends, its connections do too.
     let _kill_at_end = kill.clone().drop_guard();
@@ -272,7 +331,7 @@ pub async fn serve(
         raft,
         shutdown: shutdown.clone(),
     });
-    serve_connections(incoming(listener, config, kill), grpc, shutdown).await
+    serve_connections(incoming(listener, config, places, kill), grpc, shutdown).await
 }
 
 /// [`serve`] on connections whose other ends are known already: for simulations, which have no TLS.
@@ -311,6 +370,7 @@ async fn serve_connections(
         .max_concurrent_streams(STREAMS_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .layer(Metering)
         .add_service(InterceptedService::new(join, check_version))
         .add_service(InterceptedService::new(metad, check_member))
         .add_service(InterceptedService::new(raft, check_metad))

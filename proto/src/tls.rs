@@ -6,12 +6,13 @@
 //! hybrid key exchange.
 
 use crate::api::Role;
-use crate::identity::{Identity, IdentityError, PeerIdentity};
+use crate::identity::{Identity, IdentityError, LiveIdentity, PeerIdentity, Validity};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
 use rustls::server::WebPkiClientVerifier;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::CertifiedKey;
 use rustls::{
     CertificateError, ClientConfig, CommonState, DigitallySignedStruct, DistinguishedName,
     NamedGroup, RootCertStore, ServerConfig, SignatureScheme,
@@ -60,14 +61,18 @@ pub fn provider() -> Arc<CryptoProvider> {
     })
 }
 
-/// Server side. No ALPN is set.
-pub fn server_config(identity: &Identity, auth: ClientAuth) -> Result<Arc<ServerConfig>, TlsError> {
-    Ok(Arc::new(plain_server_config(identity, auth)?))
+/// Server side. No ALPN is set. New connections use the identity as it is then.
+pub fn server_config(
+    identity: impl Into<LiveIdentity>,
+    auth: ClientAuth,
+) -> Result<Arc<ServerConfig>, TlsError> {
+    Ok(Arc::new(plain_server_config(&identity.into(), auth)?))
 }
 
 /// Client side; the server must have a certificate of the same CA with the name that is connected to. No ALPN is set.
-pub fn client_config(identity: &Identity) -> Result<Arc<ClientConfig>, TlsError> {
-    Ok(Arc::new(plain_client_config(identity)?))
+/// New connections use the identity as it is then.
+pub fn client_config(identity: impl Into<LiveIdentity>) -> Result<Arc<ClientConfig>, TlsError> {
+    Ok(Arc::new(plain_client_config(&identity.into())?))
 }
 
 /// The key exchange group of a finished handshake.
@@ -85,17 +90,25 @@ pub fn peer_identity(connection: &CommonState) -> Option<Result<PeerIdentity, Id
         .map(PeerIdentity::from_certificate)
 }
 
+/// When the other end's certificate ends, ms since the epoch; `None` when it sent none.
+pub(crate) fn peer_expires_ms(connection: &CommonState) -> Option<u64> {
+    let certificate = connection.peer_certificates()?.first()?;
+    Some(Validity::of(certificate).ok()?.ends_ms)
+}
+
 pub(crate) fn grpc_server_config(
-    identity: &Identity,
+    identity: impl Into<LiveIdentity>,
     auth: ClientAuth,
 ) -> Result<Arc<ServerConfig>, TlsError> {
-    let mut config = plain_server_config(identity, auth)?;
+    let mut config = plain_server_config(&identity.into(), auth)?;
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     Ok(Arc::new(config))
 }
 
-pub(crate) fn grpc_client_config(identity: &Identity) -> Result<Arc<ClientConfig>, TlsError> {
-    let mut config = plain_client_config(identity)?;
+pub(crate) fn grpc_client_config(
+    identity: impl Into<LiveIdentity>,
+) -> Result<Arc<ClientConfig>, TlsError> {
+    let mut config = plain_client_config(&identity.into())?;
     config.alpn_protocols = vec![ALPN_H2.to_vec()];
     Ok(Arc::new(config))
 }
@@ -111,9 +124,12 @@ pub(crate) fn grpc_join_config(ca_hash: [u8; 32]) -> Result<Arc<ClientConfig>, T
     Ok(Arc::new(config))
 }
 
-fn plain_server_config(identity: &Identity, auth: ClientAuth) -> Result<ServerConfig, TlsError> {
+fn plain_server_config(
+    identity: &LiveIdentity,
+    auth: ClientAuth,
+) -> Result<ServerConfig, TlsError> {
     let builder = WebPkiClientVerifier::builder_with_provider(
-        Arc::new(roots(identity.ca_der()?)?),
+        Arc::new(roots(identity.current().ca_der()?)?),
         provider(),
     );
     let (builder, roles) = match auth {
@@ -132,16 +148,25 @@ fn plain_server_config(identity: &Identity, auth: ClientAuth) -> Result<ServerCo
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(verifier)
-        .with_single_cert(identity.chain()?, identity.key_der()?)?;
+        .with_cert_resolver(Arc::new(identity.clone()));
     config.send_tls13_tickets = 0;
     Ok(config)
 }
 
-fn plain_client_config(identity: &Identity) -> Result<ClientConfig, TlsError> {
+fn plain_client_config(identity: &LiveIdentity) -> Result<ClientConfig, TlsError> {
     Ok(ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_root_certificates(roots(identity.ca_der()?)?)
-        .with_client_auth_cert(identity.chain()?, identity.key_der()?)?)
+        .with_root_certificates(roots(identity.current().ca_der()?)?)
+        .with_client_cert_resolver(Arc::new(identity.clone())))
+}
+
+/// What a handshake needs of an identity.
+pub(crate) fn certified(identity: &Identity) -> Result<CertifiedKey, IdentityError> {
+    let key = provider()
+        .key_provider
+        .load_private_key(identity.key_der()?)
+        .map_err(|error| IdentityError::malformed("private key", error))?;
+    Ok(CertifiedKey::new(identity.chain()?, key))
 }
 
 fn roots(ca: CertificateDer<'static>) -> Result<RootCertStore, TlsError> {
@@ -165,7 +190,7 @@ pub(crate) fn check_parts(
         .key_provider
         .load_private_key(key)
         .map_err(|error| IdentityError::malformed("private key", error))?;
-    rustls::sign::CertifiedKey::new(vec![leaf.clone()], key)
+    CertifiedKey::new(vec![leaf.clone()], key)
         .keys_match()
         .map_err(|_| IdentityError::KeyMismatch)
 }

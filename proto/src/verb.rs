@@ -48,6 +48,9 @@ pub(crate) enum Query {
     },
     RemoveMember(MetadId),
     TransferLeader(MetadId),
+    /// A signing request; who asks gets a certificate of the same identity.
+    RenewCertificate(String),
+    CertificateLife,
 }
 
 /// The answer to a [`Query`].
@@ -66,5 +69,7 @@ pub(crate) enum Answer {
     Settings(ClusterSettings),
     Tokens(Vec<TokenInfo>),
     Certificate(String),
+    /// In ms.
+    CertificateLife(u64),
     Done,
 }

@@ -1,8 +1,8 @@
 //! The command tree.
 
 use crate::{
-    agent, backend, cache, client, dev, exit, explain, heal, health, info, key, location, metad,
-    mount, scrub, status, sync, table, token, umount, volume, zdb,
+    agent, backend, cache, certificate, client, dev, exit, explain, heal, health, info, key,
+    location, metad, mount, scrub, status, sync, table, token, umount, volume, zdb,
 };
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
@@ -41,6 +41,9 @@ pub(crate) enum Command {
     /// What lets a process join
     #[command(subcommand)]
     Token(token::TokenCommand),
+    /// Who this machine is to the cluster, and until when
+    #[command(subcommand)]
+    Certificate(certificate::CertificateCommand),
     /// Clients of the cluster
     #[command(subcommand)]
     Client(client::ClientCommand),
@@ -111,14 +114,36 @@ impl Command {
     }
 }
 
+impl Command {
+    /// It speaks to metad as the cluster file says. (Daemons and mounts renew what they use themselves.)
+    fn asks_the_cluster(&self) -> bool {
+        match self {
+            Self::Metad(command) => !command.is_daemon(),
+            Self::Token(_)
+            | Self::Volume(_)
+            | Self::Status(_)
+            | Self::Health
+            | Self::Backend(_)
+            | Self::Location(_)
+            | Self::Heal(_)
+            | Self::Scrub(_) => true,
+            _ => false,
+        }
+    }
+}
+
 /// Runs a command; the exit code.
 pub(crate) async fn run(arguments: Cli) -> anyhow::Result<u8> {
     let cluster = arguments.cluster.as_deref();
+    if arguments.command.asks_the_cluster() {
+        crate::session::renew_if_due(cluster).await;
+    }
     match arguments.command {
         Command::Dev(arguments) => dev::run(*arguments).await?,
         Command::Metad(command) => metad::run(*command, cluster).await?,
         Command::Agent(command) => agent::run(*command).await?,
         Command::Token(command) => token::run(&command, cluster).await?,
+        Command::Certificate(command) => certificate::run(&command, cluster).await?,
         Command::Client(command) => client::run(&command, cluster).await?,
         Command::Volume(command) => volume::run(&command, cluster).await?,
         Command::Mount(arguments) => mount::run(arguments, cluster).await?,

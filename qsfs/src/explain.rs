@@ -111,8 +111,13 @@ pub(crate) const FINDINGS: &[(&str, &str, &str)] = &[
     ),
     (
         "CERTIFICATE_EXPIRES",
-        "The certificate of a metad node ends soon; after that nobody can connect to it.",
-        "Let it join again under the same name: `qsfs metad remove NAME --apply`, then `qsfs metad join` with an empty data directory. One node at a time.",
+        "The certificate of a metad node or an agent ends soon and was not renewed, though every process renews its own when a third of its life is left. After that nobody can connect to it.",
+        "See in its log why. `qsfs certificate renew --data DIR` on its machine renews now. An agent whose certificate has ended: `qsfs token create --role agent`, then `qsfs certificate renew --data DIR --token-file FILE`; its backends stay as they are.",
+    ),
+    (
+        "AUTHORITY_EXPIRES",
+        "The cluster's certificate authority, made at bootstrap for twenty years, ends within two years. No certificate outlives it: after that nobody can connect to anybody.",
+        "There is no command that replaces an authority. Bootstrap a new cluster beside this one, copy the data of every volume into it (mount both), and retire this one.",
     ),
 ];
 

@@ -31,7 +31,7 @@ pub(crate) enum KeyCommand {
 /// Runs one.
 pub(crate) async fn run(command: &KeyCommand, cluster: Option<&Path>) -> anyhow::Result<()> {
     match command {
-        KeyCommand::VerifyKit { kit } => verify(kit).await,
+        KeyCommand::VerifyKit { kit } => verify(kit, cluster).await,
         KeyCommand::ExportKit { volume, kit } => {
             let session = Session::open(cluster)?;
             let kept = session::kit_path(&session.state_dir()?, volume);
@@ -47,18 +47,32 @@ pub(crate) async fn run(command: &KeyCommand, cluster: Option<&Path>) -> anyhow:
     }
 }
 
-/// With the kit's own identity: it proves that the kit suffices.
-async fn verify(path: &Path) -> anyhow::Result<()> {
+/// With the kit's own identity: it proves that the kit suffices. Where its certificate has ended, with that of the cluster file.
+async fn verify(path: &Path, cluster: Option<&Path>) -> anyhow::Result<()> {
     let kit = RecoveryKit::load(path)?;
-    let client = kit
-        .context()
-        .client(qsfs_zstor::id::ClientId::random(&mut rand::rng()))?;
+    let ended = kit.identity.expires_ms()? <= crate::units::now_ms();
+    let context = if ended {
+        Session::open(cluster)
+            .context(
+                "the certificate in the kit has ended, and there is no cluster file to ask with",
+            )?
+            .context()
+            .clone()
+    } else {
+        kit.context()
+    };
+    let client = context.client(qsfs_zstor::id::ClientId::random(&mut rand::rng()))?;
     let volume = client.volume_by_id(kit.volume_id).await?;
     if let Err(error) = kit.verify(&volume) {
         return Err(Failure::new(exit::WRONG_KEY, error.to_string()).into());
     }
+    let note = if ended {
+        "; its certificate has ended: to mount with it, `qsfs client join` first"
+    } else {
+        ""
+    };
     print(&format!(
-        "{} is a good kit of volume {}; the cluster knows both\n",
+        "{} is a good kit of volume {}; the cluster knows both{note}\n",
         path.display(),
         volume.name
     ))

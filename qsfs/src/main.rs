@@ -4,6 +4,7 @@ mod agent;
 mod allocator;
 mod backend;
 mod cache;
+mod certificate;
 mod cli;
 mod client;
 mod daemon;

@@ -123,6 +123,9 @@ pub(crate) struct SettingArguments {
     /// Rebuilds that may run at once
     #[arg(long)]
     rebuilds: Option<u32>,
+    /// How long certificates live that are made from now on; each is renewed by itself at two thirds
+    #[arg(long, value_parser = units::parse_duration)]
+    certificate_life: Option<Duration>,
 }
 
 impl SettingArguments {
@@ -226,6 +229,7 @@ async fn bootstrap(
         advertise: node.advertise,
         data: node.data,
         settings: settings.over(ClusterSettings::default()),
+        certificate_life: settings.certificate_life,
         agent_tokens: AGENT_TOKENS,
     })
     .await?;
@@ -286,11 +290,18 @@ async fn show_settings(
         let change = qsfs_proto::api::Mutation::SetSettings(settings.clone());
         session.apply(change).await?;
     }
+    if let Some(life) = arguments.certificate_life {
+        let life_ms = units::millis(life);
+        let change = qsfs_proto::api::Mutation::SetCertificateLife { life_ms };
+        session.apply(change).await?;
+    }
+    let mut shown = serde_json::to_value(&settings)?;
+    shown["certificate_life_ms"] = session.client().certificate_life_ms().await?.into();
     if json {
-        return print_json("settings", &settings);
+        return print_json("settings", &shown);
     }
     let mut table = Table::new(&["SETTING", "VALUE"]);
-    if let serde_json::Value::Object(fields) = serde_json::to_value(&settings)? {
+    if let serde_json::Value::Object(fields) = shown {
         for (name, value) in fields {
             table.row(vec![name, value.to_string()]);
         }

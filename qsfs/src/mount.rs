@@ -89,10 +89,10 @@ fn options(arguments: &MountArguments, cluster: Option<&Path>) -> anyhow::Result
         .as_deref()
         .map(RecoveryKit::load)
         .transpose()?;
-    let context = match (Context::find(cluster), &kit) {
-        (Ok(context), _) => context,
+    let (context, cluster_file) = match (Context::locate(cluster), &kit) {
+        (Ok(path), _) => (Context::load(&path)?, Some(std::path::absolute(path)?)),
         // A machine that has nothing but the kit: the kit knows the cluster.
-        (Err(ContextError::NotFound(_)), Some(kit)) => kit.context(),
+        (Err(ContextError::NotFound(_)), Some(kit)) => (kit.context(), None),
         (Err(error), _) => return Err(error.into()),
     };
     let state_dir = match &arguments.state_dir {
@@ -105,6 +105,7 @@ fn options(arguments: &MountArguments, cluster: Option<&Path>) -> anyhow::Result
     };
     Ok(MountOptions {
         context: Some(context),
+        cluster_file,
         kit,
         takeover: arguments.takeover,
         read_only: arguments.options.last() == Some(&MountOption::Ro),
@@ -149,6 +150,10 @@ async fn refuse_unknown(options: &MountOptions) -> anyhow::Result<()> {
     let Some(context) = &options.context else {
         return Ok(());
     };
+    if context.identity().expires_ms()? <= crate::units::now_ms() {
+        // The mount may know a newer certificate, or says that this one has ended.
+        return Ok(());
+    }
     let client = context.client(ClientId::random(&mut rand::rng()))?;
     match client.volume(&options.volume).await {
         Err(error @ MetadError::NoSuchVolume(_)) => Err(error.into()),

@@ -26,15 +26,22 @@ impl TokenArgument {
     pub(crate) fn read(&self) -> anyhow::Result<String> {
         let text = match (&self.token, &self.token_file) {
             (Some(token), _) => token.clone(),
-            (None, Some(file)) if file.as_os_str() == "-" => {
-                std::io::read_to_string(std::io::stdin()).context("reading the token")?
-            }
-            (None, Some(file)) => std::fs::read_to_string(file)
-                .with_context(|| format!("reading the token from {}", file.display()))?,
+            (None, Some(file)) => return read_file(file),
             (None, None) => bail!("give a token or --token-file FILE"),
         };
         Ok(text.trim().to_owned())
     }
+}
+
+/// The token in a file; `-` is standard input.
+pub(crate) fn read_file(file: &Path) -> anyhow::Result<String> {
+    let text = if file.as_os_str() == "-" {
+        std::io::read_to_string(std::io::stdin()).context("reading the token")?
+    } else {
+        std::fs::read_to_string(file)
+            .with_context(|| format!("reading the token from {}", file.display()))?
+    };
+    Ok(text.trim().to_owned())
 }
 
 /// Verbs of `qsfs token`.

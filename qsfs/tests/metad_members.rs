@@ -2,8 +2,9 @@
 
 #![expect(clippy::unwrap_used, reason = "tests")]
 
+use nix::sys::signal::Signal;
 use qsfs_jepsen_tests::wait::holds;
-use qsfs_jepsen_tests::{Daemons, free_address, wait_for};
+use qsfs_jepsen_tests::{Daemons, free_address, process, wait_for};
 use std::fs;
 use std::path::Path;
 
@@ -70,4 +71,75 @@ fn a_metad_with_another_clusters_memory_refuses_and_a_first_one_warns() {
     daemons.start("lost", &["metad", "serve", "--data", &empty]);
     assert_eq!(daemons.wait_end("lost"), Some(1));
     assert!(daemons.log("lost").contains("holds no metad"));
+}
+
+#[test]
+fn a_healthy_metad_is_not_removed_while_a_silent_one_counts() {
+    let mut daemons = Daemons::new(Path::new(env!("CARGO_BIN_EXE_qsfs")));
+    let file = bootstrap(&mut daemons, "m1");
+    let qsfs = daemons.binary().with_cluster(file);
+    for name in ["m2", "m3"] {
+        let token = wait_for("a token", || {
+            let said = qsfs.run(["token", "create", "--role", "metad"]);
+            holds(said.code == 0, said.stderr.clone()).map(|()| said.stdout)
+        });
+        let (address, data) = (free_address(), daemons.path(name));
+        let arguments = [
+            "metad",
+            "join",
+            token.trim(),
+            "--name",
+            name,
+            "--location",
+            "par",
+            "--listen",
+            &address,
+            "--data",
+            &data,
+        ];
+        daemons.start(name, &arguments);
+    }
+    let shown = |role_and_state: &str, count: usize| {
+        let said = qsfs.run(["metad", "members"]);
+        let found = said.stdout.lines().filter(|line| {
+            let words: Vec<_> = line.split_whitespace().collect();
+            words.ends_with(&role_and_state.split(' ').collect::<Vec<_>>())
+        });
+        holds(found.count() == count, said.stdout.clone() + &said.stderr)
+    };
+    wait_for("three voters", || {
+        shown("voter up", 2).and(shown("leader up", 1))
+    });
+    // The first one leads still or not: the one that dies and the one that shall go are others.
+    let members = qsfs.run(["metad", "members"]).ok().stdout;
+    let followers: Vec<_> = members
+        .lines()
+        .filter(|line| line.contains(" voter "))
+        .map(|line| line.split_whitespace().nth(1).unwrap())
+        .collect();
+    let (dies, stays) = (followers[0], followers[1]);
+    process::signal(daemons.pid(dies), Signal::SIGKILL);
+    wait_for("one is silent", || shown("voter silent", 1));
+    let plan = qsfs.run(["metad", "remove", stays]).ok().stdout;
+    assert!(
+        plan.contains("2 voters are left, 1 of them answer") && plan.contains("WARNING"),
+        "{plan}"
+    );
+    assert!(!plan.contains("do it with --apply"), "{plan}");
+    let refused = qsfs.run(["metad", "remove", stays, "--apply"]);
+    refused.fails_naming(&["only 1 of 2 voters would answer", "remove", dies]);
+    // Nothing happened: the cluster commits, and the silent one may go.
+    qsfs.run(["token", "create", "--role", "agent"]).ok();
+    let plan = qsfs.run(["metad", "remove", dies]).ok().stdout;
+    assert!(
+        plan.contains("do it with --apply") && !plan.contains("WARNING"),
+        "{plan}"
+    );
+    qsfs.run(["metad", "remove", dies, "--apply"]).ok();
+    wait_for("two members", || {
+        shown("voter up", 1).and(shown("voter silent", 0))
+    });
+    // With two healthy ones, one may go.
+    qsfs.run(["metad", "remove", stays, "--apply"]).ok();
+    qsfs.run(["token", "create", "--role", "agent"]).ok();
 }

@@ -392,6 +392,16 @@ impl MetadService for Service {
         not_here()
     }
 
+    async fn renew_certificate(&self, _: &PeerIdentity, _: &str) -> Result<String, CallError> {
+        not_here()
+    }
+
+    async fn certificate_life_ms(&self, _: &PeerIdentity) -> Result<u64, CallError> {
+        not_here()
+    }
+
+    fn heard_certificate(&self, _: &PeerIdentity, _: u64) {}
+
     async fn scrub(&self, _: &PeerIdentity, _: Option<BackendId>) -> Result<(), CallError> {
         not_here()
     }

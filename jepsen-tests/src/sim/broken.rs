@@ -106,6 +106,16 @@ pub fn rot_is_unseen(world: &World) -> bool {
     )
 }
 
+/// What of a mutation reaches the node's service: with a lease that is taken early, the leader does not wait for its end either.
+pub fn proposed(world: &World, mut mutation: Mutation) -> Mutation {
+    if let (Some(Variant::LeaseTakenEarly), Mutation::AcquireLease { takeover, .. }) =
+        (world.broken, &mut mutation)
+    {
+        *takeover = true;
+    }
+    mutation
+}
+
 /// Does this run cut rot away?
 pub fn cuts_rot(world: &World) -> bool {
     world.broken == Some(Variant::RotTakenForTornTail)

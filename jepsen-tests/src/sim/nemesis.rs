@@ -165,7 +165,6 @@ impl Nemesis {
                 self.world.wipe(at);
             }
             Fault::JumpClock(_, by_ms) => {
-                self.world.clocks_jumped.store(true, Ordering::Relaxed);
                 let nodes = self.world.nodes.lock();
                 nodes[at].skew_ms.fetch_add(by_ms, Ordering::Relaxed);
             }

@@ -37,6 +37,7 @@ impl MetadService for UnreliableService {
         id: RequestId,
         mutation: Mutation,
     ) -> Answer<Applied> {
+        let mutation = super::broken::proposed(&self.world, mutation);
         let fate = self.world.draw_fate();
         if let Some(later) = fate.again_after {
             let (inner, caller, copy) = (Arc::clone(&self.inner), caller.clone(), mutation.clone());
@@ -151,6 +152,18 @@ impl MetadService for UnreliableService {
         self.inner
             .issue_client_certificate(caller, csr_pem, volume)
             .await
+    }
+
+    async fn renew_certificate(&self, caller: &PeerIdentity, csr_pem: &str) -> Answer<String> {
+        self.inner.renew_certificate(caller, csr_pem).await
+    }
+
+    async fn certificate_life_ms(&self, caller: &PeerIdentity) -> Answer<u64> {
+        self.inner.certificate_life_ms(caller).await
+    }
+
+    fn heard_certificate(&self, caller: &PeerIdentity, expires_ms: u64) {
+        self.inner.heard_certificate(caller, expires_ms);
     }
 
     async fn scrub(&self, caller: &PeerIdentity, backend: Option<BackendId>) -> Answer<()> {

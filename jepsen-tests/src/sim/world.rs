@@ -138,8 +138,6 @@ pub struct World {
     outcomes: Mutex<BTreeMap<u64, (String, usize)>>,
     /// Clients go on.
     pub working: AtomicBool,
-    /// Any clock has jumped: leases cannot be judged by time.
-    pub clocks_jumped: AtomicBool,
     /// What the operator asks of the harness.
     pub requests: Mutex<Vec<HostRequest>>,
     /// The cluster is complete and the workload may begin.
@@ -197,7 +195,6 @@ impl World {
                 violations: Mutex::default(),
                 outcomes: Mutex::default(),
                 working: AtomicBool::new(true),
-                clocks_jumped: AtomicBool::new(false),
                 requests: Mutex::default(),
                 ready: AtomicBool::new(false),
                 changing: AtomicBool::new(false),

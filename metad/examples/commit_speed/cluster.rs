@@ -96,6 +96,7 @@ impl Cluster {
             advertise: None,
             data: first.data.clone(),
             settings: quiet(),
+            certificate_life: None,
             agent_tokens: 2,
         })
         .await?;

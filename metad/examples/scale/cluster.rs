@@ -49,6 +49,7 @@ pub(crate) async fn born(data: &Path) -> Result<Context> {
             lost_after_ms: HOUR_MS,
             ..ClusterSettings::default()
         },
+        certificate_life: None,
         agent_tokens: 0,
     })
     .await?;

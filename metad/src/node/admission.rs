@@ -6,7 +6,6 @@
 use super::service::Service;
 use crate::state::command::{Admission, Command, Reply};
 use qsfs_proto::api::{JoinGrant, JoinRequest, MetadError, Role, Secret};
-use qsfs_proto::ca::LEAF_VALIDITY;
 use qsfs_proto::server::CallError;
 use qsfs_proto::token::secret_hash;
 use qsfs_zstor::id::{IdError, LocationName, MetadId, NodeName};
@@ -28,10 +27,11 @@ fn place(request: &JoinRequest) -> Result<(NodeName, LocationName), CallError> {
 pub(super) async fn join(service: &Service, request: JoinRequest) -> Result<JoinGrant, CallError> {
     let hash = secret_hash(&request.secret);
     let csr = *blake3::hash(request.csr_pem.as_bytes()).as_bytes();
+    let life = service.certificate_life()?;
     let sign = |subject: &str| {
         service
             .authority()
-            .sign(&request.csr_pem, request.role, subject, LEAF_VALIDITY)
+            .sign(&request.csr_pem, request.role, subject, life)
             .map_err(invalid)
     };
     let (cert_pem, metad_id) = match request.role {

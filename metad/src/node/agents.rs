@@ -110,6 +110,11 @@ async fn take(consensus: &Consensus, soft: &Arc<Soft>, agent: AgentId, report: A
                 tracing::warn!(%volume, %datafile, shard, error, "a rebuild failed");
             }
             soft.with(|term| {
+                let running = term.facts.running.get(&(volume, datafile));
+                if running.is_some_and(|job| job.agent != agent) {
+                    // Not its job.
+                    return;
+                }
                 if error.is_none() {
                     term.finished(bytes, now_ms);
                 }
@@ -131,6 +136,14 @@ async fn take(consensus: &Consensus, soft: &Arc<Soft>, agent: AgentId, report: A
                 salt,
                 shard,
             };
+            let own = soft.with(|term| {
+                let backend = term.index.sites().backend(backend);
+                backend.is_some_and(|backend| backend.agent == agent)
+            });
+            if own != Some(true) {
+                tracing::warn!(%agent, %backend, "an agent told of a deletion on a backend that is not its own");
+                return;
+            }
             let told = consensus
                 .propose_internal(Command::ShardDeleted(place))
                 .await;

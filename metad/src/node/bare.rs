@@ -54,8 +54,8 @@ impl Bare {
         )
         .await?;
         let started_ms = options.ground.clock.now_ms();
-        let facts = NodeFacts::of(options.ground.program, started_ms, 0);
-        core.network.set_own_facts(facts);
+        let facts = NodeFacts::of(options.ground.program, started_ms);
+        core.network.change_own_facts(|own| *own = facts);
         let stop = CancellationToken::new();
         let running = Running::start(&core, options.authority, &stop);
         Ok(Self {

@@ -6,17 +6,19 @@
 mod proposer;
 mod returning;
 
+use super::clock::Clock;
 use super::facts::check_level;
 use crate::ground::WallClock;
 use crate::machine::Machine;
 use crate::raft::Raft;
 use crate::state::command::{Command, Entry, Reply, Request};
+use crate::state::kv::KvError;
 use openraft::error::{CheckIsLeaderError, RaftError};
 use proposer::Proposer;
 use qsfs_proto::api::MetadError;
 use qsfs_proto::server::CallError;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
@@ -25,23 +27,6 @@ const READERS_MAX: usize = 16_384;
 
 /// A proposal or a round of heartbeats takes no longer, or its outcome is unknown.
 pub const DEADLINE: Duration = Duration::from_secs(10);
-
-/// Leader time: the wall clock, but never back within this process.
-#[derive(Debug)]
-pub struct Clock {
-    wall: Arc<dyn WallClock>,
-    last_ms: AtomicU64,
-}
-
-impl Clock {
-    /// Now, in ms since the epoch.
-    pub fn now_ms(&self) -> u64 {
-        let now_ms = self.wall.now_ms();
-        self.last_ms
-            .fetch_max(now_ms, Ordering::Relaxed)
-            .max(now_ms)
-    }
-}
 
 type Answer = Result<u64, CallError>;
 
@@ -65,10 +50,7 @@ impl Consensus {
             proposer: Proposer::start(raft.clone()),
             raft,
             machine,
-            clock: Arc::new(Clock {
-                wall,
-                last_ms: AtomicU64::new(0),
-            }),
+            clock: Arc::new(Clock::new(wall)),
             readers,
             cluster_level: Arc::new(AtomicU32::new(1)),
         }
@@ -82,6 +64,13 @@ impl Consensus {
     /// Leader time.
     pub fn now_ms(&self) -> u64 {
         self.clock.now_ms()
+    }
+
+    /// Leader time goes on from where the log is.
+    pub(super) fn begin_term(&self) -> Result<(), KvError> {
+        let log_ms = self.machine.read(|state| state.log_time_ms())?;
+        self.clock.begin_term(log_ms);
+        Ok(())
     }
 
     /// The Raft below.

@@ -167,7 +167,11 @@ impl DataDir {
     }
 
     fn read_node(&self) -> Result<Option<NodeFile>, NodeError> {
-        let path = self.path.join(NODE_FILE);
+        Self::read_node_in(&self.path)
+    }
+
+    fn read_node_in(dir: &Path) -> Result<Option<NodeFile>, NodeError> {
+        let path = dir.join(NODE_FILE);
         if !path.exists() {
             return Ok(None);
         }
@@ -190,19 +194,24 @@ impl DataDir {
 
     /// The node that lives here, checked against its certificate.
     pub fn load(&self) -> Result<(NodeFile, Identity, CertificateAuthority), NodeError> {
-        let Some(node) = self.read_node()? else {
+        Self::read(&self.path)
+    }
+
+    /// The same of a directory that is not locked: a node may run on it.
+    pub fn read(dir: &Path) -> Result<(NodeFile, Identity, CertificateAuthority), NodeError> {
+        let Some(node) = Self::read_node_in(dir)? else {
             return Err(NodeError::Empty {
-                path: self.path.clone(),
+                path: dir.to_owned(),
             });
         };
-        let identity = Identity::load(&self.path.join(IDENTITY_DIR))?;
+        let identity = Identity::load(&Self::identity_of(dir))?;
         if identity.cluster() != node.cluster || identity.peer().metad_id() != Some(node.id) {
             return Err(NodeError::Malformed {
-                path: self.path.join(NODE_FILE),
+                path: dir.join(NODE_FILE),
                 reason: format!("its certificate is of {}", identity.peer()),
             });
         }
-        let key_path = self.path.join(CA_KEY_FILE);
+        let key_path = dir.join(CA_KEY_FILE);
         let key = fs::read_to_string(&key_path).map_err(io("read", &key_path))?;
         let authority = CertificateAuthority::from_pem(identity.ca_pem(), &Secret(key))?;
         Ok((node, identity, authority))
@@ -271,6 +280,16 @@ impl DataDir {
         fs::File::open(&self.path)
             .and_then(|dir| dir.sync_all())
             .map_err(io("sync", &self.path))
+    }
+
+    /// Where the certificate and its key are.
+    pub fn identity(&self) -> PathBuf {
+        Self::identity_of(&self.path)
+    }
+
+    /// The same of a directory that is not locked.
+    pub fn identity_of(dir: &Path) -> PathBuf {
+        dir.join(IDENTITY_DIR)
     }
 
     /// Where it is.

@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 /// Highest level of commands that this program can apply. Raised together with a new command or a new meaning of an old one; the
 /// leader proposes such only when every member has reached its level ([`cluster_level`]).
-pub const FEATURE_LEVEL: u32 = 1;
+/// 2: the life of certificates is a setting.
+pub const FEATURE_LEVEL: u32 = 2;
 
 /// One node, by itself. Times in ms since the epoch; 0 is unknown.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,16 +28,17 @@ pub struct NodeFacts {
     pub disk_bytes: u64,
     /// When its certificate ends.
     pub certificate_expires_ms: u64,
+    /// For how long that was made; 0: it does not say.
+    pub certificate_life_ms: u64,
 }
 
 impl NodeFacts {
     /// Of a program.
-    pub fn of(program: Program, started_ms: u64, certificate_expires_ms: u64) -> Self {
+    pub fn of(program: Program, started_ms: u64) -> Self {
         Self {
             program: env!("CARGO_PKG_VERSION").to_owned(),
             feature_level: program.level,
             started_ms,
-            certificate_expires_ms,
             ..Self::default()
         }
     }

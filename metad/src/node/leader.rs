@@ -88,6 +88,7 @@ pub(crate) async fn run(consensus: Consensus, soft: Arc<Soft>, stop: Cancellatio
     reason = "the bare function is not general enough over the lifetime of the view"
 )]
 async fn begin(consensus: &Consensus) -> Result<Term, KvError> {
+    consensus.begin_term()?;
     let machine = consensus.machine();
     machine.follow_touched();
     let mut index = machine.read(|state| Index::begin(state))?;

@@ -5,7 +5,7 @@ use super::network::Network;
 use crate::raft::Raft;
 use crate::state::command::{Command, MemberRow};
 use openraft::{BasicNode, ChangeMembers};
-use qsfs_proto::api::{Member, MetadError};
+use qsfs_proto::api::{Member, MetadError, VotersLeft};
 use qsfs_proto::server::CallError;
 use qsfs_zstor::id::MetadId;
 use std::collections::{BTreeMap, BTreeSet};
@@ -101,12 +101,31 @@ pub(super) fn list(raft: &Raft, network: &Network, rows: &[MemberRow]) -> Vec<Me
     rows.iter().map(member).collect()
 }
 
-/// Takes a node out for good: its row says so, and [`tend`], which alone changes Raft's membership, follows.
-pub(super) async fn remove(consensus: &Consensus, id: MetadId) -> Result<(), CallError> {
+/// Takes a node out for good: its row says so, and [`tend`], which alone changes Raft's membership, follows. Refused when those who
+/// are left could agree on nothing, not even on the removal: it would stay half done, and the cluster would stand.
+pub(super) async fn remove(
+    consensus: &Consensus,
+    members: &[Member],
+    id: MetadId,
+) -> Result<(), CallError> {
     let mut metrics = consensus.raft().metrics();
     if metrics.borrow().id == id.0 {
         let text = "this metad leads; stop it first, then remove it";
         return Err(MetadError::Invalid(text.into()).into());
+    }
+    let left = VotersLeft::without(members, id);
+    if !left.have_quorum() {
+        let silent = members
+            .iter()
+            .filter(|m| m.voter && !m.healthy && m.id != id);
+        let silent: Vec<_> = silent.map(|member| member.name.as_str()).collect();
+        let text = format!(
+            "without metad {id} only {} of {} voters would answer, and nothing could be agreed on any more; start {names} again, or remove {names} first",
+            left.answering,
+            left.voters,
+            names = silent.join(", ")
+        );
+        return Err(MetadError::Invalid(text).into());
     }
     consensus.propose_internal(Command::RemoveMetad(id)).await?;
     let gone = metrics.wait_for(|metrics| {

@@ -27,7 +27,7 @@ use openraft::raft::{
 use openraft::{AnyError, BasicNode, RPCTypes};
 use parking_lot::Mutex;
 use qsfs_proto::dial::Dial;
-use qsfs_proto::identity::Identity;
+use qsfs_proto::identity::LiveIdentity;
 use qsfs_proto::raft::{RaftCallError, RaftPeer, RaftRpc};
 use qsfs_proto::server::RaftTransport;
 use qsfs_proto::tls::TlsError;
@@ -94,7 +94,7 @@ fn body_of(payload: &Bytes) -> Result<Bytes, PayloadError> {
 #[derive(Clone)]
 pub enum Way {
     /// TCP and TLS, as this identity.
-    Tls(Identity),
+    Tls(LiveIdentity),
     /// What a simulation has instead.
     Over(Arc<dyn Dial>),
 }
@@ -153,8 +153,8 @@ impl Network {
     }
 
     /// From now on it says this.
-    pub fn set_own_facts(&self, facts: NodeFacts) {
-        *self.own_facts.lock() = facts;
+    pub fn change_own_facts(&self, change: impl FnOnce(&mut NodeFacts)) {
+        change(&mut self.own_facts.lock());
     }
 
     fn heard_facts(&self, of: MetadId, facts: NodeFacts) {
@@ -429,6 +429,18 @@ impl Inbound {
     }
 }
 
+impl Inbound {
+    /// A node that was removed does not know it, and must not unsettle those who are left. (What it sends as leader is of an old term.)
+    fn check_member(&self, from: MetadId) -> Result<(), String> {
+        let machine = self.consensus.machine();
+        let removed = machine.read(|state| state.was_removed(from));
+        if removed.map_err(|error| error.to_string())? {
+            return Err(format!("metad {from} was removed from the cluster"));
+        }
+        Ok(())
+    }
+}
+
 /// The node in whose name a request speaks must be the one that sent it.
 fn check_sender(from: MetadId, vote: &crate::raft::Vote) -> Result<(), String> {
     match vote.leader_id().voted_for() {
@@ -463,6 +475,7 @@ impl RaftTransport for Inbound {
             RaftRpc::Vote => {
                 let request: VoteRequest<u64> = decode(&payload).map_err(text)?;
                 check_sender(from, &request.vote)?;
+                self.check_member(from)?;
                 Ok(encode(&self.raft.vote(request).await))
             }
             RaftRpc::Snapshot => {
@@ -473,6 +486,7 @@ impl RaftTransport for Inbound {
             RaftRpc::ReadIndex => {
                 let facts: String = decode(&payload).map_err(text)?;
                 let facts = serde_json::from_str(&facts).map_err(|error| error.to_string())?;
+                self.check_member(from)?;
                 self.network.heard_facts(from, facts);
                 let index = self.consensus.barrier().await;
                 Ok(encode(&index.map_err(|error| error.to_string())?))

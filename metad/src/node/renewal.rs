@@ -32,6 +32,9 @@ const RETRY: Duration = Duration::from_secs(1);
 /// One request of a try.
 const REQUEST: Duration = Duration::from_secs(12);
 
+/// Life of the certificate a node gives itself to ask as admin.
+const ADMIN_LIFE: Duration = Duration::from_secs(3_600);
+
 /// Lifetime of the token a node makes for itself.
 const TOKEN_TTL_MS: u64 = 10 * 60_000;
 
@@ -103,7 +106,7 @@ async fn rejoin(
     peers: &[String],
 ) -> Result<(MetadId, Identity), NodeError> {
     // Every metad holds the cluster's authority: what it issues to itself it could issue to anyone.
-    let admin = authority.issue(Role::Admin, &format!("metad-{}", node.id))?;
+    let admin = authority.issue_for(Role::Admin, &format!("metad-{}", node.id), ADMIN_LIFE)?;
     let timing = Timing {
         read: REQUEST,
         mutation: REQUEST,

@@ -9,7 +9,6 @@
 //! Nothing goes on in the process that met the end of its disk: which of its files took what, only reading them again can tell. Waiting
 //! is no more than keeping a person from having to start it again.
 
-use super::facts::NodeFacts;
 use super::{Core, NodeError};
 use nix::errno::Errno;
 use nix::sys::statvfs::statvfs;
@@ -63,10 +62,9 @@ pub(super) async fn to_begin_anew(
     };
     let network = core.network.clone();
     wait(dir, RESUME_BYTES, shutdown, move |free, all| {
-        network.set_own_facts(NodeFacts {
-            disk_free_bytes: free,
-            disk_bytes: all,
-            ..network.own_facts()
+        network.change_own_facts(|facts| {
+            facts.disk_free_bytes = free;
+            facts.disk_bytes = all;
         });
         for (id, address) in peers.clone() {
             let network = network.clone();

@@ -1,9 +1,12 @@
 //! The verbs of metad, in domain types. TLS, limits and the role table are proto's; decisions are the state's and the planner's.
 
+use super::certificates::{self, Shown};
 use super::consensus::Consensus;
 use super::freshness::Fresh;
+use super::leases;
 use super::network::Network;
-use super::soft::{Soft, WriterReport};
+use super::soft::{Soft, Term, WriterReport};
+use super::status::certificates::Certificates;
 use super::watch::Watchers;
 use super::{admission, agents, members, status};
 use crate::machine::rows::Rows;
@@ -17,7 +20,7 @@ use qsfs_proto::api::{
     Intent, JoinGrant, JoinRequest, Member, MetadError, Mutation, PlacementAnswer, Role, TokenInfo,
     Verdict, Volume,
 };
-use qsfs_proto::ca::{CertificateAuthority, LEAF_VALIDITY};
+use qsfs_proto::ca::CertificateAuthority;
 use qsfs_proto::identity::PeerIdentity;
 use qsfs_proto::server::{CallError, Consistency, MetadService, RequestId, Watch};
 use qsfs_proto::status::Status;
@@ -26,7 +29,9 @@ use qsfs_zstor::id::{AgentId, BackendId, DatafileId, MetadId, Stream, VolumeId, 
 use qsfs_zstor::placement::Candidate;
 use qsfs_zstor::record::EncodingRecord;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 /// Records read at once while a stream is filtered out of a listing.
 const SCAN_PAGE: usize = 1_024;
@@ -40,6 +45,7 @@ pub(crate) struct Service {
     fresh: Fresh,
     watchers: Arc<Watchers>,
     counting: status::Counting,
+    shown: Shown,
 }
 
 fn damaged(error: &KvError) -> CallError {
@@ -63,6 +69,7 @@ impl Service {
             fresh,
             watchers,
             counting: status::Counting::default(),
+            shown: Shown::default(),
         }
     }
 
@@ -79,6 +86,24 @@ impl Service {
         read: impl FnOnce(&State<&Rows>) -> Result<T, KvError>,
     ) -> Result<T, CallError> {
         self.consensus.machine().read(read).map_err(|e| damaged(&e))
+    }
+
+    /// For how long certificates are made now.
+    pub(super) fn certificate_life(&self) -> Result<Duration, CallError> {
+        let life_ms = self.read(|state| state.certificate_life_ms())?;
+        Ok(Duration::from_millis(life_ms))
+    }
+
+    fn certificates(&self) -> Result<Certificates, CallError> {
+        let (agents, life_ms) =
+            self.read(|state| Ok((state.agents()?, state.certificate_life_ms()?)))?;
+        let places = agents.iter().map(|a| format!("{}/{}", a.location, a.node));
+        let shown = places.filter_map(|place| Some((self.shown.of(&place)?, place)));
+        Ok(Certificates {
+            authority_expires_ms: self.authority.expires_ms(),
+            life_ms,
+            agents: shown.map(|(ends_ms, place)| (place, ends_ms)).collect(),
+        })
     }
 
     fn known_volume(&self, id: VolumeId) -> Result<Volume, CallError> {
@@ -118,6 +143,30 @@ impl Service {
             },
             _ => Ok(()),
         }
+    }
+
+    /// What the state cannot know of a lease that is to be taken from its holder: how long this leader has waited ([`leases`]).
+    fn check_lease(&self, mutation: &Mutation, request: &Request) -> Result<(), CallError> {
+        let Some(id) = leases::takes(mutation) else {
+            return Ok(());
+        };
+        let found = self.read(|state| {
+            // A retry is answered as the first time, whoever holds the lease by now.
+            if state.has_answered(request)? {
+                return Ok(None);
+            }
+            Ok(state.volume(id)?.zip(Some(state.settings()?)))
+        })?;
+        let Some((volume, settings)) = found else {
+            return Ok(());
+        };
+        let ttl = Duration::from_millis(settings.lease_ttl_ms);
+        let now = Instant::now();
+        let may_take = || {
+            let waited = |term: &mut Term| term.holders.may_take(id, ttl, now);
+            self.soft.with(waited).unwrap_or(false)
+        };
+        Ok(leases::check(mutation, &volume, may_take)?)
     }
 
     /// A writer's report is for status alone: it stays in the leader's memory and out of the log.
@@ -182,8 +231,17 @@ impl MetadService for Service {
             sequence: id.sequence,
             oldest_pending: id.oldest_pending,
         };
+        self.check_lease(&mutation, &request)?;
+        let (asked, prolongs) = (Instant::now(), leases::prolongs(&mutation));
         let command = Command::Mutation(mutation);
-        match self.consensus.propose(command, Some(request)).await? {
+        let proposed = self.consensus.propose(command, Some(request)).await;
+        // Without an answer it may have been granted.
+        if let Some(volume) = prolongs
+            && !matches!(proposed, Err(CallError::Decided(_)))
+        {
+            self.soft.with(|term| term.holders.heard(volume, asked));
+        }
+        match proposed? {
             Reply::Applied(applied) => {
                 if let Some((volume, writer)) = report {
                     self.soft.with(|term| term.writers.insert(volume, writer));
@@ -327,7 +385,9 @@ impl MetadService for Service {
     }
 
     async fn status(&self, _: &PeerIdentity) -> Result<Status, CallError> {
-        status::gather(&self.consensus, &self.soft, &self.network, &self.counting)
+        let certificates = self.certificates()?;
+        let asked = (&self.counting, &certificates);
+        status::gather(&self.consensus, &self.soft, &self.network, asked)
             .await
             .map_err(|error| damaged(&error))
     }
@@ -356,8 +416,24 @@ impl MetadService for Service {
             None => "*".to_owned(),
         };
         self.authority
-            .sign(csr_pem, Role::Client, &subject, LEAF_VALIDITY)
+            .sign(csr_pem, Role::Client, &subject, self.certificate_life()?)
             .map_err(|error| MetadError::Invalid(error.to_string()).into())
+    }
+
+    async fn renew_certificate(
+        &self,
+        caller: &PeerIdentity,
+        csr_pem: &str,
+    ) -> Result<String, CallError> {
+        certificates::renew(self, caller, csr_pem)
+    }
+
+    async fn certificate_life_ms(&self, _: &PeerIdentity) -> Result<u64, CallError> {
+        self.read(|state| state.certificate_life_ms())
+    }
+
+    fn heard_certificate(&self, caller: &PeerIdentity, expires_ms: u64) {
+        self.shown.note(caller, expires_ms);
     }
 
     async fn scrub(&self, _: &PeerIdentity, backend: Option<BackendId>) -> Result<(), CallError> {
@@ -365,7 +441,9 @@ impl MetadService for Service {
     }
 
     async fn remove_member(&self, _: &PeerIdentity, member: MetadId) -> Result<(), CallError> {
-        members::remove(&self.consensus, member).await
+        let rows = self.read(|state| state.members())?;
+        let all = members::list(self.consensus.raft(), &self.network, &rows);
+        members::remove(&self.consensus, &all, member).await
     }
 
     async fn transfer_leader(&self, _: &PeerIdentity, to: MetadId) -> Result<(), CallError> {

@@ -1,6 +1,7 @@
 //! The leader's memory: facts, the planner's index, agent sessions, writers' reports. Nothing of it is replicated; a new leader
 //! learns it anew within a heartbeat.
 
+use super::leases::Holders;
 use crate::plan::Plan;
 use crate::plan::facts::Facts;
 use crate::plan::index::Index;
@@ -47,6 +48,8 @@ pub struct Term {
     pub sessions: BTreeMap<AgentId, SessionHandle>,
     /// Writers' reports.
     pub writers: BTreeMap<VolumeId, WriterReport>,
+    /// When those who hold leases were heard.
+    pub holders: Holders,
     /// The newest plan.
     pub plan: Plan,
     finished: VecDeque<(u64, u64)>,

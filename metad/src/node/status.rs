@@ -1,5 +1,6 @@
 //! The whole status, per the contract for scripts. Gathered here; what it means is decided in [`findings`], pure.
 
+pub mod certificates;
 mod counting;
 pub mod findings;
 mod metads;
@@ -17,6 +18,7 @@ use crate::state::backends::BackendLoad;
 use crate::state::command::MemberRow;
 use crate::state::kv::KvError;
 use crate::state::volumes::VolumeTotals;
+use certificates::Certificates;
 pub(super) use counting::Counting;
 use findings::{Picture, VolumePicture};
 use qsfs_proto::api::{Backend, BackendFacts, Intent, Member, Verdict, Volume};
@@ -53,7 +55,7 @@ pub(super) async fn gather(
     consensus: &Consensus,
     soft: &Soft,
     network: &Network,
-    counting: &Counting,
+    (counting, certificates): (&Counting, &Certificates),
 ) -> Result<Status, KvError> {
     let now_ms = consensus.now_ms();
     let view = match soft.with(|term| leader_view(term, now_ms)) {
@@ -70,7 +72,7 @@ pub(super) async fn gather(
         now_ms,
         &view,
         &state,
-        (&members, &nodes),
+        (&members, &nodes, certificates),
         quorum(consensus, &members),
     ))
 }
@@ -161,7 +163,7 @@ fn assemble(
     now_ms: u64,
     view: &LeaderView,
     state: &StateView,
-    (members, nodes): (&[Member], &[Option<NodeFacts>]),
+    (members, nodes, certificates): (&[Member], &[Option<NodeFacts>], &Certificates),
     quorum: QuorumStatus,
 ) -> Status {
     let volumes: Vec<_> = state
@@ -175,6 +177,7 @@ fn assemble(
         volumes: &volumes,
         members,
         nodes,
+        certificates,
         now_ms,
         leads: view.leader_since_ms.is_some(),
         counting: view.counting,

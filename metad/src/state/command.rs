@@ -81,6 +81,11 @@ impl Command {
     /// Level of programs that can apply it. A new command gets the next one; until every member has reached it, it is not proposed.
     pub fn feature_level(&self) -> u32 {
         match self {
+            Self::Mutation(Mutation::SetCertificateLife { .. }) => 2,
+            Self::Group(entries) => {
+                let levels = entries.iter().map(|entry| entry.command.feature_level());
+                levels.max().unwrap_or(1)
+            }
             Self::Mutation(_)
             | Self::Initialize(_)
             | Self::SetVerdicts(_)
@@ -89,8 +94,7 @@ impl Command {
             | Self::RemoveMetad(_)
             | Self::OrderDeletes(_)
             | Self::ShardDeleted(_)
-            | Self::ReapVolume(_)
-            | Self::Group(_) => 1,
+            | Self::ReapVolume(_) => 1,
         }
     }
 }

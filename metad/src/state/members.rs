@@ -83,6 +83,12 @@ impl<K: Kv> State<K> {
         Ok(())
     }
 
+    /// Was this one removed? Its id is never used again.
+    pub fn was_removed(&self, id: MetadId) -> Result<bool, KvError> {
+        let row: Option<MemberRow> = self.row(&key(id))?;
+        Ok(row.is_some_and(|member| member.removed))
+    }
+
     /// Members that were not removed, by id.
     pub fn members(&self) -> Result<Vec<MemberRow>, KvError> {
         let mut rows: Vec<MemberRow> = self.rows(&Key::of(Table::Member).done())?;

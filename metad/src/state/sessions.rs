@@ -60,6 +60,13 @@ pub(super) fn answered<K: Kv>(
     Ok((session, state.row(&answer_key(id, id.sequence))?))
 }
 
+impl<K: Kv> State<K> {
+    /// Was this request applied before, so that it is only answered again?
+    pub fn has_answered(&self, id: &Request) -> Result<bool, KvError> {
+        Ok(answered(self, id)?.1.is_some())
+    }
+}
+
 pub(super) fn remember<K: Kv>(
     state: &mut State<K>,
     id: &Request,

@@ -5,9 +5,11 @@ use super::kv::{Kv, KvError, RowKey};
 use super::row::{Key, Table};
 use super::{State, Stop, members, tokens};
 use qsfs_proto::api::{Applied, ClusterSettings, MetadError};
+use qsfs_proto::ca::{CA_VALIDITY, LEAF_VALIDITY, LEAF_VALIDITY_MIN};
 use qsfs_proto::status::RotStatus;
 use qsfs_zstor::id::ClusterId;
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 /// The cluster as agreed on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,6 +95,29 @@ pub(super) fn set<K: Kv>(
     Ok(Applied::Done)
 }
 
+/// For how long certificates are made from now on.
+pub(super) fn set_certificate_life<K: Kv>(
+    state: &mut State<K>,
+    life_ms: u64,
+) -> Result<Applied, Stop> {
+    check_certificate_life(Duration::from_millis(life_ms))?;
+    state.put_row(single("certificate-life"), &life_ms);
+    Ok(Applied::Done)
+}
+
+/// Refuses a life that leaves no time to renew, or that the authority could not give.
+pub fn check_certificate_life(life: Duration) -> Result<(), MetadError> {
+    if (LEAF_VALIDITY_MIN..=CA_VALIDITY).contains(&life) {
+        return Ok(());
+    }
+    let text = format!(
+        "certificates must live for {} s to {} days",
+        LEAF_VALIDITY_MIN.as_secs(),
+        CA_VALIDITY.as_secs() / 86_400
+    );
+    Err(MetadError::Invalid(text))
+}
+
 /// Refuses settings that contradict themselves.
 pub fn check(settings: &ClusterSettings) -> Result<(), MetadError> {
     let rules = [
@@ -145,6 +170,13 @@ impl<K: Kv> State<K> {
     /// Cluster settings.
     pub fn settings(&self) -> Result<ClusterSettings, KvError> {
         Ok(self.row(&single("settings"))?.unwrap_or_default())
+    }
+
+    /// For how long certificates are made, in ms.
+    pub fn certificate_life_ms(&self) -> Result<u64, KvError> {
+        let set: Option<u64> = self.row(&single("certificate-life"))?;
+        let default = || u64::try_from(LEAF_VALIDITY.as_millis()).unwrap_or(u64::MAX);
+        Ok(set.unwrap_or_else(default))
     }
 
     /// Rot found and mended.

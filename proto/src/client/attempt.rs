@@ -42,7 +42,8 @@ struct State {
     known: Vec<String>,
     /// Where the last call succeeded, or where a hint points.
     leader: Option<String>,
-    open: HashMap<String, Open>,
+    /// By address, with the generation it was dialled under ([`Dial::generation`]).
+    open: HashMap<String, (u64, Open)>,
 }
 
 /// How one attempt ended without an answer.
@@ -224,7 +225,10 @@ impl Nodes {
 
     /// An open connection, or a new one that has proven to be a node of our cluster: what fails here was certainly not sent.
     async fn open(&self, address: &str, deadline: Instant) -> Result<Open, Failed> {
-        if let Some(open) = self.lock().open.get(address) {
+        let generation = self.dial.generation();
+        if let Some((dialled, open)) = self.lock().open.get(address)
+            && *dialled == generation
+        {
             return Ok(open.clone());
         }
         let lost = |reason: String| Failed::Lost {
@@ -258,7 +262,9 @@ impl Nodes {
             return Err(lost("it is a node of another cluster".into()));
         }
         let open = Open::new(stub);
-        self.lock().open.insert(address.to_owned(), open.clone());
+        self.lock()
+            .open
+            .insert(address.to_owned(), (generation, open.clone()));
         Ok(open)
     }
 

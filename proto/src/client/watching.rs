@@ -19,7 +19,7 @@ use pb::watch_event::Kind;
 use rand::Rng;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Streaming;
@@ -38,22 +38,32 @@ const REFUSED_ROUNDS_MAX: u32 = 3;
 #[derive(Debug)]
 pub struct Watching {
     events: mpsc::Receiver<Result<WatchEvent, MetadError>>,
+    trouble: watch::Receiver<Option<String>>,
     task: JoinHandle<()>,
 }
 
 impl Watching {
     pub(super) fn start(shared: Arc<Shared>, request: WatchRequest) -> Self {
         let (sender, events) = mpsc::channel(WATCH_QUEUE_MAX);
+        let (told, trouble) = watch::channel(None);
         let feeder = Feeder {
             shared,
             request,
             sender,
+            trouble: told,
             begun: false,
         };
         Self {
             events,
+            trouble,
             task: tokio::spawn(feeder.run()),
         }
+    }
+
+    /// Why nothing has come since the newest event: what the nodes answered, or how they could not be reached or fell silent. It goes
+    /// on trying.
+    pub fn trouble(&self) -> Option<String> {
+        self.trouble.borrow().clone()
     }
 
     /// The next event; an error is the last. Waits without a deadline, but while nodes can be reached something comes at least every few
@@ -73,6 +83,7 @@ struct Feeder {
     shared: Arc<Shared>,
     request: WatchRequest,
     sender: mpsc::Sender<Result<WatchEvent, MetadError>>,
+    trouble: watch::Sender<Option<String>>,
     begun: bool,
 }
 
@@ -98,12 +109,19 @@ impl Feeder {
                         Broken::Unwatched => return,
                         Broken::Resume(reason) => {
                             tracing::debug!(%address, reason, "a watch goes on elsewhere");
+                            self.trouble
+                                .send_replace(Some(format!("{address}: {reason}")));
                             self.shared.nodes.drop_connection(&address);
                             last = Some(address);
                         }
                     }
                 }
-                Err(NoStream { refusal, all }) => {
+                Err(NoStream {
+                    refusal,
+                    all,
+                    reasons,
+                }) => {
+                    self.trouble.send_replace(Some(reasons.join("; ")));
                     refused_rounds += u32::from(refusal.is_some());
                     if let Some(refusal) = refusal
                         && (all || refused_rounds >= REFUSED_ROUNDS_MAX)
@@ -134,6 +152,7 @@ impl Feeder {
         let mut ended = NoStream {
             refusal: None,
             all: true,
+            reasons: Vec::new(),
         };
         for address in addresses {
             let deadline = Instant::now() + nodes.timing.read;
@@ -149,15 +168,24 @@ impl Feeder {
                     ..
                 }) => {
                     // Another node may remember more, or know what a watch is.
+                    ended.reasons.push(format!("{address}: {error}"));
                     ended.refuse(error);
                 }
                 Err(Failed::Final { error, .. }) => {
                     return Err(NoStream {
+                        reasons: vec![format!("{address}: {error}")],
                         refusal: Some(error),
                         all: true,
                     });
                 }
-                Err(Failed::Redirected(_) | Failed::Lost { .. }) => ended.all = false,
+                Err(Failed::Redirected(_)) => {
+                    ended.all = false;
+                    ended.reasons.push(format!("{address} knows no leader"));
+                }
+                Err(Failed::Lost { reason, .. }) => {
+                    ended.all = false;
+                    ended.reasons.push(format!("{address}: {reason}"));
+                }
             }
         }
         Err(ended)
@@ -234,6 +262,7 @@ impl Feeder {
             return false;
         }
         self.request.after = Some(index);
+        self.trouble.send_replace(None);
         true
     }
 }
@@ -244,6 +273,8 @@ struct NoStream {
     refusal: Option<MetadError>,
     /// Every node said so.
     all: bool,
+    /// What each node said, or why it could not be asked.
+    reasons: Vec<String>,
 }
 
 impl NoStream {

@@ -1,18 +1,23 @@
 //! From a listener to a stream of finished TLS connections.
 //!
 //! Handshakes run beside each other, each with a deadline, so that a slow client blocks nobody. Connections of strangers (no client
-//! certificate) have few places and a short life. All end when `kill` fires.
+//! certificate) have few places and a short life; a connection of a member ends with the certificate it showed, so that who is not
+//! renewed has no access left. All end when `kill` fires.
 
-use super::CONNECTIONS_MAX;
+use super::Places;
+use super::limits::ConnectionLimits;
+use crate::api::Role;
 use crate::dial::ByteStream;
-use crate::identity::PeerIdentity;
+use crate::identity::{PeerIdentity, wall_ms};
 use crate::tls;
 use futures::Stream;
 use rustls::ServerConfig;
+use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -29,22 +34,32 @@ use tracing::{debug, warn};
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
 /// A stranger has so long to join.
 const STRANGER_LIFETIME: Duration = Duration::from_secs(30);
-/// Most strangers at once.
-const STRANGERS_MAX: usize = 64;
 /// After an accept that failed (no file descriptors): the listener would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Who is at the other end; `None`: a stranger. In the extensions of every request.
+/// Who is at the other end. In the extensions of every request.
 #[derive(Debug, Clone)]
-pub(super) struct ConnectedPeer(pub(super) Option<PeerIdentity>);
+pub(super) struct ConnectedPeer {
+    /// `None`: a stranger.
+    pub(super) peer: Option<PeerIdentity>,
+    /// When its certificate ends, ms since the epoch.
+    pub(super) expires_ms: Option<u64>,
+    /// What its calls share. `None`: a metad, or a simulation.
+    pub(super) limits: Option<Arc<ConnectionLimits>>,
+    /// It is one too many: every request is answered with this.
+    pub(super) excess: Option<String>,
+}
 
 /// One served connection. Holds its places until it is dropped.
 pub(super) struct Connection {
     stream: Box<dyn ByteStream>,
     peer: ConnectedPeer,
     end: Pin<Box<dyn Future<Output = ()> + Send>>,
-    _places: Vec<OwnedSemaphorePermit>,
+    _places: (Vec<OwnedSemaphorePermit>, Option<MemberPlaces>),
 }
+
+/// Of its identity, and among all members.
+type MemberPlaces = (Option<PlaceOf>, Option<OwnedSemaphorePermit>);
 
 /// A connection whose other end needs no handshake to be known.
 pub(super) fn known(
@@ -54,9 +69,14 @@ pub(super) fn known(
 ) -> Connection {
     Connection {
         stream,
-        peer: ConnectedPeer(peer),
+        peer: ConnectedPeer {
+            peer,
+            expires_ms: None,
+            limits: None,
+            excess: None,
+        },
         end: Box::pin(kill.clone().cancelled_owned()),
-        _places: Vec::new(),
+        _places: (Vec::new(), None),
     }
 }
 
@@ -115,20 +135,69 @@ impl AsyncWrite for Connection {
 
 struct Acceptor {
     tls: TlsAcceptor,
+    places: Places,
     strangers: Arc<Semaphore>,
+    handshakes: Arc<Semaphore>,
+    members: Arc<Semaphore>,
+    /// Connections of each identity. Entries are removed with the last one.
+    each: Arc<Mutex<HashMap<PeerIdentity, usize>>>,
+    pending: Arc<AtomicUsize>,
     kill: CancellationToken,
+}
+
+/// One connection of an identity; counted until it is dropped.
+struct PlaceOf {
+    each: Arc<Mutex<HashMap<PeerIdentity, usize>>>,
+    peer: PeerIdentity,
+}
+
+impl PlaceOf {
+    fn take(
+        each: &Arc<Mutex<HashMap<PeerIdentity, usize>>>,
+        peer: &PeerIdentity,
+        most: usize,
+    ) -> Option<Self> {
+        let mut counts = each.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(peer.clone()).or_default();
+        if *count >= most {
+            return None;
+        }
+        *count += 1;
+        Some(Self {
+            each: each.clone(),
+            peer: peer.clone(),
+        })
+    }
+}
+
+impl Drop for PlaceOf {
+    fn drop(&mut self) {
+        let mut counts = self.each.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.peer) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.peer);
+            }
+        }
+    }
 }
 
 /// Accepts until the stream is dropped or `kill` fires.
 pub(super) fn incoming(
     listener: TcpListener,
     config: Arc<ServerConfig>,
+    places: Places,
     kill: CancellationToken,
 ) -> impl Stream<Item = io::Result<Connection>> {
     let (ready, connections) = mpsc::channel(16);
     let acceptor = Arc::new(Acceptor {
         tls: TlsAcceptor::from(config),
-        strangers: Arc::new(Semaphore::new(STRANGERS_MAX)),
+        places,
+        strangers: Arc::new(Semaphore::new(places.strangers)),
+        handshakes: Arc::new(Semaphore::new(places.handshakes)),
+        members: Arc::new(Semaphore::new(places.members)),
+        each: Arc::default(),
+        pending: Arc::default(),
         kill: kill.clone(),
     });
     tokio::spawn(async move {
@@ -146,16 +215,21 @@ async fn accept_all(
     acceptor: &Arc<Acceptor>,
     ready: &mpsc::Sender<io::Result<Connection>>,
 ) {
-    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let places = Arc::new(Semaphore::new(acceptor.places.connections));
     // The semaphore is never closed.
     while let Ok(place) = places.clone().acquire_owned().await {
         match listener.accept().await {
             Ok((stream, from)) => {
+                // Who has no place closes at once; a queue of strangers must not keep those waiting who come after it.
+                let Ok(shaking) = acceptor.handshakes.clone().try_acquire_owned() else {
+                    debug!(%from, "too many handshakes at once");
+                    continue;
+                };
                 let (acceptor, ready) = (acceptor.clone(), ready.clone());
                 tokio::spawn(async move {
                     let kill = acceptor.kill.clone();
                     let finished = kill
-                        .run_until_cancelled(acceptor.finish(stream, from, place))
+                        .run_until_cancelled(acceptor.finish(stream, from, (place, shaking)))
                         .await;
                     if let Some(Some(connection)) = finished {
                         // No receiver: the server is ending.
@@ -177,7 +251,7 @@ impl Acceptor {
         &self,
         stream: TcpStream,
         from: SocketAddr,
-        place: OwnedSemaphorePermit,
+        (place, shaking): (OwnedSemaphorePermit, OwnedSemaphorePermit),
     ) -> Option<Connection> {
         if let Err(error) = stream.set_nodelay(true) {
             debug!(%from, %error, "connection lost");
@@ -202,26 +276,63 @@ impl Acceptor {
                 return None;
             }
         };
-        let kill = self.kill.clone().cancelled_owned();
-        let (stranger_place, end): (_, Pin<Box<dyn Future<Output = ()> + Send>>) = if peer.is_some()
-        {
-            (None, Box::pin(kill))
+        drop(shaking);
+        let expires_ms = tls::peer_expires_ms(stream.get_ref().1);
+        let admitted = peer.as_ref().map(|peer| self.admit(peer));
+        let (places, excess) = match admitted {
+            Some(Ok(places)) => (Some(places), None),
+            Some(Err(excess)) => (None, Some(excess)),
+            None => (None, None),
+        };
+        let mut kept = vec![place];
+        let lifetime = if places.is_some() {
+            let left_ms = expires_ms.unwrap_or(0).saturating_sub(wall_ms());
+            Duration::from_millis(left_ms)
         } else {
             let Ok(place) = self.strangers.clone().try_acquire_owned() else {
-                debug!(%from, "too many connections without certificate");
+                debug!(%from, "too many connections without certificate or place");
                 return None;
             };
-            let end = async move {
-                // Whichever comes first.
-                let _ = timeout(STRANGER_LIFETIME, kill).await;
-            };
-            (Some(place), Box::pin(end))
+            kept.push(place);
+            STRANGER_LIFETIME
+        };
+        let is_metad = peer.as_ref().is_some_and(|peer| peer.role == Role::Metad);
+        let limits = (!is_metad).then(|| Arc::new(ConnectionLimits::new(self.pending.clone())));
+        let kill = self.kill.clone().cancelled_owned();
+        let end = async move {
+            // Whichever comes first.
+            let _ = timeout(lifetime, kill).await;
         };
         Some(Connection {
             stream: Box::new(stream),
-            peer: ConnectedPeer(peer),
-            end,
-            _places: std::iter::once(place).chain(stranger_place).collect(),
+            peer: ConnectedPeer {
+                peer,
+                expires_ms,
+                limits,
+                excess,
+            },
+            end: Box::pin(end),
+            _places: (kept, places),
         })
+    }
+
+    /// A place for a member, or what its requests are answered.
+    fn admit(&self, peer: &PeerIdentity) -> Result<MemberPlaces, String> {
+        if peer.role == Role::Metad {
+            return Ok((None, None));
+        }
+        let Some(own) = PlaceOf::take(&self.each, peer, self.places.each) else {
+            return Err(format!(
+                "{} {} has {} connections to this metad already, and may have no more",
+                peer.role, peer.subject, self.places.each
+            ));
+        };
+        let Ok(place) = self.members.clone().try_acquire_owned() else {
+            return Err(format!(
+                "this metad serves {} connections of members already, and no more",
+                self.places.members
+            ));
+        };
+        Ok((Some(own), Some(place)))
     }
 }

@@ -1,6 +1,7 @@
 //! The gRPC face: parse, ask the role table, call the service, answer.
 
 use super::accept::ConnectedPeer;
+use super::limits::{Account, ConnectionLimits, REPORT_BYTES_MAX};
 use super::roles::{opens, permit_mutation, permit_query, permit_session, permit_watch};
 use super::{CallError, Consistency, MetadService, RaftTransport, SESSION_QUEUE_MAX, watching};
 use crate::api::{AgentReport, Freshness, MetadError, Mutation, Role};
@@ -20,7 +21,7 @@ use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
-use tracing::debug;
+use tracing::{debug, warn};
 
 /// An agent names itself within so long after it opened a session.
 const SESSION_OPEN_DEADLINE: Duration = Duration::from_secs(5);
@@ -69,10 +70,42 @@ pub(super) fn check_metad(request: Request<()>) -> Result<Request<()>, Status> {
 
 fn caller(extensions: &tonic::Extensions) -> Result<PeerIdentity, Status> {
     match extensions.get::<ConnectedPeer>() {
-        Some(ConnectedPeer(Some(peer))) => Ok(peer.clone()),
-        Some(ConnectedPeer(None)) | None => Err(refuse(MetadError::Denied(
+        Some(ConnectedPeer {
+            excess: Some(text), ..
+        }) => Err(refuse(MetadError::Busy(text.clone()))),
+        Some(ConnectedPeer {
+            peer: Some(peer), ..
+        }) => Ok(peer.clone()),
+        Some(ConnectedPeer { peer: None, .. }) | None => Err(refuse(MetadError::Denied(
             "no client certificate was sent; join the cluster first".into(),
         ))),
+    }
+}
+
+fn limits_of(extensions: &tonic::Extensions) -> Option<Arc<ConnectionLimits>> {
+    extensions.get::<ConnectedPeer>()?.limits.clone()
+}
+
+/// A message of a stream: counted until it is dropped.
+struct Message {
+    account: Option<Arc<Account>>,
+    bytes: usize,
+}
+
+impl Message {
+    fn of(account: Option<Arc<Account>>, message: &impl prost::Message) -> Self {
+        Self {
+            account,
+            bytes: message.encoded_len(),
+        }
+    }
+}
+
+impl Drop for Message {
+    fn drop(&mut self) {
+        if let Some(account) = &self.account {
+            account.release_message(self.bytes);
+        }
     }
 }
 
@@ -166,8 +199,16 @@ impl pb::metad_server::Metad for Grpc {
 
     async fn hello(
         &self,
-        _request: Request<pb::HelloRequest>,
+        request: Request<pb::HelloRequest>,
     ) -> Result<Response<pb::HelloReply>, Status> {
+        if let Some(ConnectedPeer {
+            peer: Some(peer),
+            expires_ms: Some(expires_ms),
+            ..
+        }) = request.extensions().get()
+        {
+            self.service.heard_certificate(peer, *expires_ms);
+        }
         Ok(Response::new(pb::HelloReply {
             cluster: self.own.cluster.to_wire(),
             metad: self.own.metad_id().map_or(0, |id| id.0),
@@ -190,14 +231,22 @@ impl pb::metad_server::Metad for Grpc {
         request: Request<Streaming<pb::MutateCall>>,
     ) -> Result<Response<Self::MutationsStream>, Status> {
         let peer = Arc::new(caller(request.extensions())?);
+        let limits = limits_of(request.extensions());
+        let place = limits.map(|limits| limits.mutation_stream()).transpose()?;
+        let place = Arc::new(place);
+        let account = request.extensions().get::<Arc<Account>>().cloned();
         let service = self.service.clone();
         let calls = request
             .into_inner()
             .take_until(self.shutdown.clone().cancelled_owned());
         let replies = calls.map(move |call| {
             let (peer, service) = (peer.clone(), service.clone());
+            let (account, place) = (account.clone(), place.clone());
             async move {
-                let pb::MutateCall { call, request } = call?;
+                let _place = place;
+                let call = call?;
+                let _bytes = Message::of(account, &call);
+                let pb::MutateCall { call, request } = call;
                 let ended = match pb::MutateRequest::decode(request) {
                     Ok(request) => mutate(&*service, &peer, request).await,
                     Err(error) => Err(MetadError::Invalid(error.to_string()).into()),
@@ -221,11 +270,15 @@ impl pb::metad_server::Metad for Grpc {
         request: Request<pb::AskRequest>,
     ) -> Result<Response<pb::AskReply>, Status> {
         let peer = caller(request.extensions())?;
+        if let Some(account) = request.extensions().get::<Arc<Account>>() {
+            account.turn_to_read().await;
+        }
         let message = request.into_inner();
         let query: Query = Wire::from_wire(message.query).map_err(invalid)?;
         check_query_size(&query).map_err(invalid)?;
         permit_query(&peer, &query).map_err(refuse)?;
-        let consistency = if message.stale {
+        // A node that has not heard that the caller is gone must not renew it.
+        let consistency = if message.stale && !matches!(query, Query::RenewCertificate(_)) {
             Consistency::Stale
         } else {
             Consistency::Linearizable
@@ -262,6 +315,9 @@ impl pb::metad_server::Metad for Grpc {
     ) -> Result<Response<Self::AgentSessionStream>, Status> {
         let peer = caller(request.extensions())?;
         permit_session(&peer).map_err(refuse)?;
+        let limits = limits_of(request.extensions());
+        let place = limits.map(|limits| limits.session()).transpose()?;
+        let account = request.extensions().get::<Arc<Account>>().cloned();
         let mut frames = request.into_inner();
         let first = timeout(SESSION_OPEN_DEADLINE, frames.message())
             .await
@@ -273,14 +329,14 @@ impl pb::metad_server::Metad for Grpc {
         // Fires when the answer stream is over, or never came to be: one half must not outlive the other.
         let ended = CancellationToken::new();
         let guard = ended.clone().drop_guard();
-        tokio::spawn(ended.run_until_cancelled_owned(forward_reports(frames, reports)));
+        tokio::spawn(ended.run_until_cancelled_owned(forward_reports(frames, reports, account)));
         let orders = self
             .service
             .agent_session(&peer, AgentId(agent), receiver)
             .await
             .map_err(|error| status_of(&error))?;
         let orders = ReceiverStream::new(orders).map(move |order| {
-            let _held = &guard;
+            let _held = (&guard, &place);
             Ok(order.to_wire())
         });
         Ok(Response::new(orders.boxed()))
@@ -291,6 +347,7 @@ impl pb::metad_server::Metad for Grpc {
 async fn forward_reports(
     mut frames: Streaming<pb::SessionFrame>,
     reports: mpsc::Sender<AgentReport>,
+    account: Option<Arc<Account>>,
 ) {
     loop {
         let frame = tokio::select! {
@@ -298,14 +355,23 @@ async fn forward_reports(
             () = reports.closed() => return,
         };
         let report = match frame {
-            Ok(Some(frame)) => frame.kind,
+            Ok(Some(frame)) => frame,
             Ok(None) => return,
             Err(error) => {
                 debug!(%error, "agent session broke");
                 return;
             }
         };
-        let parsed = match report {
+        let counted = Message::of(account.clone(), &report);
+        if counted.bytes > REPORT_BYTES_MAX {
+            let bytes = counted.bytes;
+            warn!(
+                bytes,
+                "agent session ended: a report is longer than {REPORT_BYTES_MAX} bytes"
+            );
+            return;
+        }
+        let parsed = match report.kind {
             Some(pb::session_frame::Kind::Report(report)) => AgentReport::from_wire(report),
             Some(pb::session_frame::Kind::Open(_)) | None => Err(WireError::new("no report")),
         };
@@ -427,6 +493,12 @@ impl Grpc {
             Query::IssueClientCertificate { csr_pem, volume } => {
                 let pem = service.issue_client_certificate(peer, &csr_pem, volume);
                 Answer::Certificate(pem.await?)
+            }
+            Query::RenewCertificate(csr_pem) => {
+                Answer::Certificate(service.renew_certificate(peer, &csr_pem).await?)
+            }
+            Query::CertificateLife => {
+                Answer::CertificateLife(service.certificate_life_ms(peer).await?)
             }
             Query::Scrub { backend } => {
                 service.scrub(peer, backend).await?;

@@ -74,7 +74,8 @@ pub(super) fn permit_mutation(
         | Mutation::SetBackendIntent { .. }
         | Mutation::SetSettings(_)
         | Mutation::CreateToken { .. }
-        | Mutation::RevokeToken { .. } => For::Admin,
+        | Mutation::RevokeToken { .. }
+        | Mutation::SetCertificateLife { .. } => For::Admin,
         Mutation::AcquireLease { volume, .. }
         | Mutation::RenewLease { volume, .. }
         | Mutation::ReleaseLease { volume, .. }
@@ -125,7 +126,10 @@ pub(super) fn permit_query(caller: &PeerIdentity, query: &Query) -> Result<(), M
         | Query::Agents
         | Query::Status
         | Query::Members
-        | Query::Settings => For::Members,
+        | Query::Settings
+        | Query::CertificateLife
+        // For whoever asks, and for nobody else. A metad holds the authority itself.
+        | Query::RenewCertificate(_) => For::Members,
         Query::VolumeById(volume)
         | Query::Records { volume, .. }
         | Query::ListRecords { volume, .. } => {

@@ -7,10 +7,11 @@ use crate::api::{
 };
 use crate::ca::{CertificateAuthority, LEAF_VALIDITY};
 use crate::client::{MetadClient, Timing};
-use crate::identity::{Identity, PeerIdentity};
+use crate::identity::{LiveIdentity, PeerIdentity};
 use crate::raft::RaftRpc;
 use crate::server::{
-    CallError, Consistency, MetadService, RaftTransport, RequestId, ServeError, Watch, serve,
+    CallError, Consistency, MetadService, Places, RaftTransport, RequestId, ServeError, Watch,
+    serve_within,
 };
 use crate::status::{Status, StatusVerdict};
 use crate::watch::{WatchEvent, WatchRequest};
@@ -31,6 +32,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+pub(super) type Tamper = Box<dyn Fn(&mut JoinGrant) + Send + Sync>;
+
 /// What all nodes of a made-up cluster agree on.
 pub(super) struct Cluster {
     pub(super) ca: CertificateAuthority,
@@ -41,6 +44,14 @@ pub(super) struct Cluster {
     /// So many of the next mutations are applied, but never answered.
     pub(super) lose_answers: AtomicUsize,
     pub(super) joins: AtomicUsize,
+    /// So many facts of 60 kB are answered.
+    pub(super) fat_facts: AtomicUsize,
+    /// Of certificates that are renewed.
+    pub(super) certificate_life: Mutex<Duration>,
+    /// What a grant is changed into before it is answered.
+    pub(super) tamper: Mutex<Option<Tamper>>,
+    /// Certificates shown, and when they end.
+    pub(super) heard: Mutex<Vec<(PeerIdentity, u64)>>,
     /// What watches tell, and from which index on it is remembered.
     pub(super) history: tokio::sync::watch::Sender<(u64, Vec<WatchEvent>)>,
     /// Nodes that were asked for a watch, and after what.
@@ -56,6 +67,10 @@ impl Cluster {
             answers: Mutex::default(),
             lose_answers: AtomicUsize::new(0),
             joins: AtomicUsize::new(0),
+            fat_facts: AtomicUsize::new(0),
+            certificate_life: Mutex::new(LEAF_VALIDITY),
+            tamper: Mutex::default(),
+            heard: Mutex::default(),
             history: tokio::sync::watch::Sender::default(),
             watches: Mutex::default(),
         })
@@ -85,14 +100,26 @@ impl Node {
         Self::start_as(cluster, &identity).await
     }
 
-    pub(super) async fn start_as(cluster: &Arc<Cluster>, identity: &Identity) -> Self {
+    pub(super) async fn start_as(
+        cluster: &Arc<Cluster>,
+        identity: impl Into<LiveIdentity>,
+    ) -> Self {
         Self::start_at(cluster, identity, "127.0.0.1:0").await
     }
 
     pub(super) async fn start_at(
         cluster: &Arc<Cluster>,
-        identity: &Identity,
+        identity: impl Into<LiveIdentity>,
         address: &str,
+    ) -> Self {
+        Self::start_within(cluster, identity, address, Places::default()).await
+    }
+
+    pub(super) async fn start_within(
+        cluster: &Arc<Cluster>,
+        identity: impl Into<LiveIdentity>,
+        address: &str,
+        places: Places,
     ) -> Self {
         let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
@@ -105,11 +132,10 @@ impl Node {
             session: session.clone(),
             report,
         });
-        let (identity, token) = (identity.clone(), shutdown.clone());
-        let serving =
-            tokio::spawn(
-                async move { serve(listener, &identity, fake.clone(), fake, token).await },
-            );
+        let (identity, token): (LiveIdentity, _) = (identity.into(), shutdown.clone());
+        let serving = tokio::spawn(async move {
+            serve_within(places, listener, identity, (fake.clone(), fake), token).await
+        });
         Self {
             address,
             shutdown,
@@ -135,7 +161,7 @@ pub(super) const TIMING: Timing = Timing {
     backoff_max: Duration::from_millis(50),
 };
 
-pub(super) fn client_as(identity: &Identity, nodes: &[&Node]) -> MetadClient {
+pub(super) fn client_as(identity: impl Into<LiveIdentity>, nodes: &[&Node]) -> MetadClient {
     let endpoints = nodes.iter().map(|node| node.address.clone()).collect();
     let client = ClientId::random(&mut rand::rng());
     MetadClient::with_timing(endpoints, identity, client, TIMING).unwrap()
@@ -207,14 +233,18 @@ impl MetadService for Fake {
         let cert_pem = ca
             .sign(&request.csr_pem, request.role, &subject, LEAF_VALIDITY)
             .map_err(|error| MetadError::Invalid(error.to_string()))?;
-        Ok(JoinGrant {
+        let mut grant = JoinGrant {
             cluster: ca.cluster(),
             cert_pem,
             ca_pem: ca.ca_pem().to_owned(),
             endpoints: vec![self.address.clone()],
             metad_id: None,
             ca_key_pem: None,
-        })
+        };
+        if let Some(tamper) = &*self.cluster.tamper.lock().unwrap() {
+            tamper(&mut grant);
+        }
+        Ok(grant)
     }
 
     async fn mutate(
@@ -304,7 +334,12 @@ impl MetadService for Fake {
     }
 
     async fn backend_facts(&self, _: &PeerIdentity) -> Result<Vec<BackendFacts>, CallError> {
-        Ok(Vec::new())
+        let fat = crate::api::BackendFacts {
+            problem: "x".repeat(60_000),
+            ..Default::default()
+        };
+        let count = self.cluster.fat_facts.load(Ordering::SeqCst);
+        Ok(vec![fat; count])
     }
 
     async fn agents(&self, _: &PeerIdentity) -> Result<Vec<Agent>, CallError> {
@@ -367,6 +402,29 @@ impl MetadService for Fake {
             .map_err(|error| MetadError::Invalid(error.to_string()).into())
     }
 
+    async fn renew_certificate(
+        &self,
+        caller: &PeerIdentity,
+        csr_pem: &str,
+    ) -> Result<String, CallError> {
+        self.lead()?;
+        let life = *self.cluster.certificate_life.lock().unwrap();
+        let signed = self
+            .cluster
+            .ca
+            .sign(csr_pem, caller.role, &caller.subject, life);
+        signed.map_err(|error| MetadError::Invalid(error.to_string()).into())
+    }
+
+    async fn certificate_life_ms(&self, _: &PeerIdentity) -> Result<u64, CallError> {
+        Ok(1)
+    }
+
+    fn heard_certificate(&self, caller: &PeerIdentity, expires_ms: u64) {
+        let mut heard = self.cluster.heard.lock().unwrap();
+        heard.push((caller.clone(), expires_ms));
+    }
+
     async fn scrub(&self, _: &PeerIdentity, _: Option<BackendId>) -> Result<(), CallError> {
         Ok(())
     }
@@ -419,14 +477,17 @@ impl MetadService for Fake {
     ) -> Result<mpsc::Receiver<AgentOrder>, CallError> {
         self.lead()?;
         let (sender, orders) = mpsc::channel(4);
-        *self.session.lock().unwrap() = Some(sender);
-        let sink = self.report.clone();
+        *self.session.lock().unwrap() = Some(sender.clone());
+        let (sink, newest) = (self.report.clone(), self.session.clone());
         tokio::spawn(async move {
             while let Some(report) = reports.recv().await {
                 if sink.send(report).await.is_err() {
                     return;
                 }
             }
+            // Who says nothing more gets no orders either.
+            let mut newest = newest.lock().unwrap();
+            newest.take_if(|newest| newest.same_channel(&sender));
         });
         Ok(orders)
     }

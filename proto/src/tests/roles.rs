@@ -118,6 +118,7 @@ table!(mutations: Mutation;
     Mutation::CreateToken { .. } => ADMIN,
         Mutation::CreateToken { hash: [1; 32], role: Role::Agent, ttl_ms: 1 };
     Mutation::RevokeToken { .. } => ADMIN, Mutation::RevokeToken { prefix: "a".into() };
+    Mutation::SetCertificateLife { .. } => ADMIN, Mutation::SetCertificateLife { life_ms: 1 };
 );
 
 table!(queries: Query;
@@ -146,6 +147,9 @@ table!(queries: Query;
     Query::Scrub { .. } => ADMIN, Query::Scrub { backend: None };
     Query::RemoveMember(_) => ADMIN, Query::RemoveMember(MetadId(9));
     Query::TransferLeader(_) => ADMIN, Query::TransferLeader(MetadId(9));
+    Query::RenewCertificate(_) => MEMBERS,
+        Query::RenewCertificate(KeyRequest::new().unwrap().csr_pem().to_owned());
+    Query::CertificateLife => MEMBERS, Query::CertificateLife;
 );
 
 /// The calls of every service, by name as in the schema.

@@ -421,6 +421,7 @@ arb_enum!(Mutation:
     |r| Self::SetSettings(Arb::arb(r)),
     |r| Self::CreateToken { hash: Arb::arb(r), role: Arb::arb(r), ttl_ms: Arb::arb(r) },
     |r| Self::RevokeToken { prefix: Arb::arb(r) },
+    |r| Self::SetCertificateLife { life_ms: Arb::arb(r) },
 );
 arb_enum!(Applied:
     |_| Self::Done,
@@ -451,6 +452,8 @@ arb_enum!(Query:
     |r| Self::Scrub { backend: Arb::arb(r) },
     |r| Self::RemoveMember(Arb::arb(r)),
     |r| Self::TransferLeader(Arb::arb(r)),
+    |r| Self::RenewCertificate(Arb::arb(r)),
+    |_| Self::CertificateLife,
 );
 arb_enum!(Answer:
     |r| Self::Volume(Arb::arb(r)),
@@ -466,6 +469,7 @@ arb_enum!(Answer:
     |r| Self::Settings(Arb::arb(r)),
     |r| Self::Tokens(Arb::arb(r)),
     |r| Self::Certificate(Arb::arb(r)),
+    |r| Self::CertificateLife(Arb::arb(r)),
     |_| Self::Done,
 );
 arb_enum!(AgentOrder:

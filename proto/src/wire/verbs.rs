@@ -68,6 +68,7 @@ wire_oneof!(Mutation in mutation;
         SetBackendIntent = SetBackendIntent { backend, intent },
         CreateToken = CreateToken { hash, role, ttl_ms },
         RevokeToken = RevokeToken { prefix },
+        SetCertificateLife = SetCertificateLife { life_ms },
     }
     values { SetSettings }
     units {}
@@ -88,15 +89,15 @@ wire_oneof!(Query in query;
         IssueClientCertificate = AskClientCertificate { csr_pem, volume },
         Scrub = AskScrub { backend },
     }
-    values { Volume, VolumeById, RemoveMember, TransferLeader }
-    units { Volumes, Backends, BackendFacts, Agents, Status, Members, Settings, Tokens }
+    values { Volume, VolumeById, RemoveMember, TransferLeader, RenewCertificate }
+    units { Volumes, Backends, BackendFacts, Agents, Status, Members, Settings, Tokens, CertificateLife }
 );
 
 wire_oneof!(Answer in answer;
     fields {}
     values {
         Volume, Volumes, Records, Backends, BackendFacts, Agents, BackendShards, Placement, Status,
-        Members, Settings, Tokens, Certificate,
+        Members, Settings, Tokens, Certificate, CertificateLife,
     }
     units { Done }
 );

@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use qsfs_metad::backup::{self, BackupFacts};
 use qsfs_metad::{RecoverOptions, Recovery, RestoreOptions, Restored};
+use qsfs_proto::api::VotersLeft;
 use qsfs_zstor::id::NodeName;
 use std::path::{Path, PathBuf};
 
@@ -110,19 +111,38 @@ async fn remove(session: &Session, name: &NodeName, apply: bool) -> anyhow::Resu
         .iter()
         .find(|member| member.name == *name)
         .with_context(|| format!("no metad is named {name}; see `qsfs metad members`"))?;
-    let left = members.iter().filter(|m| m.voter && m.id != member.id);
-    let healthy = left.clone().filter(|m| m.healthy).count();
+    let left = VotersLeft::without(&members, member.id);
     if !apply {
         return print(&format!(
-            "would take metad {name} at {} out for good: {} voters are left, {healthy} of them answer; do it with --apply\n",
+            "would take metad {name} at {} out for good: {} voters are left, {} of them answer\n{}",
             member.location,
-            left.count(),
+            left.voters,
+            left.answering,
+            removal_advice(left)
         ));
     }
     session.client().remove_member(member.id).await?;
     print(&format!(
         "metad {name} is out; another one joins with `qsfs token create --role metad` and `qsfs metad join`\n"
     ))
+}
+
+fn removal_advice(left: VotersLeft) -> String {
+    let silent = left.voters - left.answering;
+    if !left.have_quorum() {
+        return format!(
+            "WARNING: they could agree on nothing any more ({} must answer), so this is refused; first start those that do not answer, or remove them\n",
+            left.majority()
+        );
+    }
+    let warning = if left.spare() == 0 && silent > 0 {
+        format!(
+            "WARNING: {silent} of them do not answer; when one more fails, nothing can be committed\n"
+        )
+    } else {
+        String::new()
+    };
+    format!("{warning}do it with --apply\n")
 }
 
 /// What is lost is the same for both: whatever came after.

@@ -3,12 +3,18 @@
 use crate::session::Session;
 use crate::table::print;
 use clap::Args;
+use qsfs_proto::api::MetadError;
+use qsfs_proto::client::Watching;
 use qsfs_proto::watch::{Change, WatchEvent, WatchRequest};
 use qsfs_zstor::id::VolumeName;
 use serde_json::json;
+use std::time::Duration;
 
 /// Version of the JSON lines.
 const SCHEMA_VERSION: u32 = 1;
+
+/// Between two looks whether anything can come.
+const TROUBLE_LOOK: Duration = Duration::from_secs(2);
 
 /// `qsfs metad watch`.
 #[derive(Debug, Args)]
@@ -46,7 +52,7 @@ pub(super) async fn run(session: &Session, arguments: &WatchArguments) -> anyhow
     let mut watch = session.client().watch(request);
     let mut left = arguments.count.unwrap_or(u64::MAX);
     while left > 0 {
-        let Some(event) = watch.next().await else {
+        let Some(event) = next(&mut watch).await else {
             anyhow::bail!("the watch ended");
         };
         let event = event?;
@@ -54,6 +60,24 @@ pub(super) async fn run(session: &Session, arguments: &WatchArguments) -> anyhow
         print(&render(&event, arguments.json))?;
     }
     Ok(())
+}
+
+/// The next event. While none can come, standard error says why, once for every reason.
+async fn next(watch: &mut Watching) -> Option<Result<WatchEvent, MetadError>> {
+    let mut told = None;
+    loop {
+        tokio::select! {
+            event = watch.next() => return event,
+            () = tokio::time::sleep(TROUBLE_LOOK) => {}
+        }
+        let trouble = watch.trouble();
+        if trouble != told {
+            if let Some(trouble) = &trouble {
+                tracing::warn!(trouble, "no metad gives a watch; it is tried again");
+            }
+            told = trouble;
+        }
+    }
 }
 
 fn render(event: &WatchEvent, json: bool) -> String {

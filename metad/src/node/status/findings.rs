@@ -1,5 +1,6 @@
 //! What is worth telling: named findings, each with a subject and one sentence.
 
+use super::certificates::{self, Certificates};
 use super::metads;
 use crate::node::facts::NodeFacts;
 use crate::state::backends::BackendLoad;
@@ -40,6 +41,8 @@ pub struct Picture<'a> {
     pub members: &'a [Member],
     /// What each of them says of itself, in the same order.
     pub nodes: &'a [Option<NodeFacts>],
+    /// Certificates.
+    pub certificates: &'a Certificates,
     /// Now, ms since the epoch.
     pub now_ms: u64,
     /// Drawn on the leader, who hears the others.
@@ -112,6 +115,7 @@ pub fn find(picture: &Picture<'_>) -> Vec<Finding> {
         ));
     }
     metads::find(picture, &mut found);
+    certificates::find(picture.certificates, picture.now_ms, &mut found);
     found
 }
 

@@ -1,9 +1,11 @@
 //! What is worth telling of the metadata nodes themselves. Every text ends with what to do next.
 
+use super::certificates;
 use super::findings::{Picture, finding};
 use crate::backup;
 use crate::node::facts::NodeFacts;
 use qsfs_proto::api::Member;
+use qsfs_proto::ca::LEAF_VALIDITY;
 use qsfs_proto::status::{Finding, StatusVerdict};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -16,10 +18,6 @@ const DISK_LOW_PERCENT: u64 = 5;
 const DISK_LOW_BYTES: u64 = 4 << 30;
 /// Less free than this: the log may stop any minute.
 const DISK_CRITICAL_BYTES: u64 = 256 << 20;
-/// A certificate that ends within is told.
-const CERTIFICATE_SOON: Duration = Duration::from_secs(30 * 24 * 3_600);
-/// A certificate that ends within is critical.
-const CERTIFICATE_LAST: Duration = Duration::from_secs(3 * 24 * 3_600);
 
 pub(super) fn find(picture: &Picture<'_>, found: &mut Vec<Finding>) {
     placing(picture.members, found);
@@ -133,21 +131,18 @@ fn disk(member: &Member, facts: &NodeFacts, found: &mut Vec<Finding>) {
 
 fn certificate(member: &Member, facts: &NodeFacts, now_ms: u64, found: &mut Vec<Finding>) {
     let ends_ms = facts.certificate_expires_ms;
-    let left_ms = ends_ms.saturating_sub(now_ms);
-    if ends_ms == 0 || left_ms > ms(CERTIFICATE_SOON) {
+    if ends_ms == 0 {
         return;
     }
-    let severity = if left_ms > ms(CERTIFICATE_LAST) {
-        StatusVerdict::Warning
-    } else {
-        StatusVerdict::Critical
+    // One that does not say is of a program that made them all for the same time.
+    let life_ms = match facts.certificate_life_ms {
+        0 => ms(LEAF_VALIDITY),
+        life_ms => life_ms,
     };
-    let text = format!(
-        "the certificate of metad {} ends in {} days, after which nobody can connect to it; let it join again under the same name (qsfs metad remove, qsfs metad join)",
-        member.name,
-        left_ms / 86_400_000
-    );
-    found.push(finding("CERTIFICATE_EXPIRES", &member.name, severity, text));
+    let whose = format!("metad {}", member.name);
+    let advice = "see in its log why, and run qsfs certificate renew --data DIR there";
+    let subject = member.name.as_str();
+    certificates::one((&whose, subject), (ends_ms, life_ms), now_ms, advice, found);
 }
 
 fn versions(picture: &Picture<'_>, found: &mut Vec<Finding>) {

@@ -33,6 +33,7 @@ fn well() -> NodeFacts {
         disk_free_bytes: 100 << 30,
         disk_bytes: 200 << 30,
         certificate_expires_ms: NOW_MS + 300 * DAY_MS,
+        certificate_life_ms: 700 * DAY_MS,
     }
 }
 
@@ -48,6 +49,7 @@ fn told(change: impl FnOnce(&mut Member, &mut NodeFacts)) -> Vec<(String, String
         volumes: &[],
         members: &members,
         nodes: &nodes,
+        certificates: &certificates::Certificates::default(),
         now_ms: NOW_MS,
         leads: true,
         bad_shards: 0,
@@ -102,6 +104,12 @@ fn each_trouble_has_its_name() {
     assert_eq!(soon, one("CERTIFICATE_EXPIRES", "m2", Warning));
     let over = told(|_, facts| facts.certificate_expires_ms = NOW_MS - 1);
     assert_eq!(over, one("CERTIFICATE_EXPIRES", "m2", Critical));
+    // Of a short life the same days are plenty.
+    let short = told(|_, facts| {
+        facts.certificate_expires_ms = NOW_MS + 20 * DAY_MS;
+        facts.certificate_life_ms = 60 * DAY_MS;
+    });
+    assert!(short.is_empty(), "{short:?}");
     let newer = told(|_, facts| facts.program = "2.0.0".into());
     assert_eq!(newer, one("METAD_VERSIONS", "metad", Warning));
 }
