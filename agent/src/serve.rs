@@ -38,7 +38,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use tokio::net::TcpListener;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -99,9 +99,10 @@ pub async fn serve(options: ServeOptions, shutdown: CancellationToken) -> Result
     // Whatever ends first takes the others with it.
     let stop = shutdown.child_token();
     let mut tasks = JoinSet::new();
+    let renewed = Arc::new(Notify::new());
     work(
         &mut tasks,
-        agent,
+        (agent, Arc::clone(&renewed)),
         Arc::new(client.clone()),
         &backends,
         stores,
@@ -122,7 +123,7 @@ pub async fn serve(options: ServeOptions, shutdown: CancellationToken) -> Result
         Arc::new(renewing),
         certificate::REJOIN_ADVICE,
     );
-    tasks.spawn(renewal.run(|_| {}, stop.clone()));
+    tasks.spawn(renewal.run(move |_| renewed.notify_one(), stop.clone()));
     tracing::info!(%agent, location = %config.location, node = %config.node, listen = %config.listen, backends = backends.len(), "agent serves");
     let served = qsfs_zdb::server::serve(listener, Arc::clone(&engine), server, stop.clone()).await;
     stop.cancel();
@@ -168,10 +169,10 @@ fn open_backends(engine: &Engine, config: &Config, stores: &Stores) -> Vec<Local
     backends
 }
 
-/// Starts everything that listens to metad.
+/// Starts everything that listens to metad. `renewed` is notified when the agent has another certificate.
 pub(crate) fn work(
     tasks: &mut JoinSet<()>,
-    agent: AgentId,
+    (agent, renewed): (AgentId, Arc<Notify>),
     cluster: Arc<dyn Cluster>,
     backends: &Arc<Vec<LocalBackend>>,
     stores: Arc<Stores>,
@@ -230,6 +231,7 @@ pub(crate) fn work(
         settings: settings_seen,
         reports,
         events: event_sender,
+        renewed,
         shutdown: shutdown.clone(),
     };
     tasks.spawn(session.run());

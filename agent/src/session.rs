@@ -11,7 +11,7 @@ use qsfs_zstor::id::AgentId;
 use rand::Rng;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval_at};
 use tokio_util::sync::CancellationToken;
 
@@ -41,6 +41,8 @@ pub(crate) struct SessionTask {
     pub(crate) settings: watch::Receiver<Option<ClusterSettings>>,
     pub(crate) reports: mpsc::Receiver<AgentReport>,
     pub(crate) events: mpsc::Sender<SessionEvent>,
+    /// Another certificate is in use: metad is shown it at once, with a session of its own, before the one before it ends.
+    pub(crate) renewed: Arc<Notify>,
     pub(crate) shutdown: CancellationToken,
 }
 
@@ -111,6 +113,7 @@ impl SessionTask {
                     }
                     continue;
                 }
+                () = self.renewed.notified() => return "a new certificate is in use".to_owned(),
             };
             if session
                 .reports

@@ -15,6 +15,7 @@ struct Node {
     metad: Arc<FakeMetad>,
     home: tempfile::TempDir,
     config: Config,
+    renewed: Arc<Notify>,
     running: Option<Running>,
 }
 
@@ -58,6 +59,7 @@ impl Node {
             metad: FakeMetad::new(),
             home,
             config,
+            renewed: Arc::default(),
             running: None,
         }
     }
@@ -73,7 +75,7 @@ impl Node {
         let data = self.home.path().join("data");
         work(
             &mut tasks,
-            AgentId(1),
+            (AgentId(1), Arc::clone(&self.renewed)),
             self.metad.clone(),
             &backends,
             Arc::clone(&stores),
@@ -346,6 +348,23 @@ async fn a_lost_session_is_opened_again_and_orders_go_on() {
         })
         .await;
         node.facts(1, |facts| facts.healthy).await;
+    }
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_certificate_is_shown_in_a_session_of_its_own() {
+    let mut node = Node::new(1);
+    node.start();
+    for round in 1..=3 {
+        eventually("a session under the newest certificate", || {
+            (*node.metad.sessions.lock() >= round).then_some(())
+        })
+        .await;
+        node.settings().await;
+        node.facts(0, |_| true).await;
+        assert_eq!(*node.metad.sessions.lock(), round, "it stays until then");
+        node.renewed.notify_one();
     }
     node.stop().await;
 }

@@ -477,7 +477,9 @@ impl MetadService for Fake {
     ) -> Result<mpsc::Receiver<AgentOrder>, CallError> {
         self.lead()?;
         let (sender, orders) = mpsc::channel(4);
-        *self.session.lock().unwrap() = Some(sender.clone());
+        // Whoever takes the sender out of there ends the session by dropping it.
+        let own = sender.downgrade();
+        *self.session.lock().unwrap() = Some(sender);
         let (sink, newest) = (self.report.clone(), self.session.clone());
         tokio::spawn(async move {
             while let Some(report) = reports.recv().await {
@@ -487,7 +489,7 @@ impl MetadService for Fake {
             }
             // Who says nothing more gets no orders either.
             let mut newest = newest.lock().unwrap();
-            newest.take_if(|newest| newest.same_channel(&sender));
+            newest.take_if(|newest| own.upgrade().is_some_and(|own| newest.same_channel(&own)));
         });
         Ok(orders)
     }
