@@ -115,7 +115,11 @@ async fn certificates_change_under_load_without_a_failed_call_and_old_ones_are_w
         calls += 1;
     }
     assert_eq!(cluster.applied() as u64, calls, "none was sent twice");
-    assert_eq!(told.load(Ordering::SeqCst), agent.generation());
+    // In use first, told then.
+    until("all are told of", || {
+        told.load(Ordering::SeqCst) == agent.generation()
+    })
+    .await;
     // What is in use is what is kept, and it is of the same process.
     until("it is kept", || {
         Identity::load(&place).is_ok_and(|kept| kept == agent.current())
