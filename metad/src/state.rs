@@ -12,6 +12,7 @@
 //! [`sessions`] (exactly-once), [`settings`] (with the cluster's identity, counters and log time).
 
 pub mod backends;
+mod busy;
 pub mod command;
 pub mod known;
 pub mod kv;
@@ -82,13 +83,22 @@ impl Touched {
     }
 }
 
+/// What a change found.
+#[derive(Debug)]
+enum Was {
+    /// In the batch.
+    Row(RowKey, Option<Option<Vec<u8>>>),
+    /// Among the busy rows.
+    Busy(busy::Name, Option<busy::Slot>),
+}
+
 /// A view of the store plus what was changed since it was last committed.
 #[derive(Debug)]
 pub struct State<K> {
     kv: K,
     batch: Batch,
-    /// What the entry that is being applied changed in the batch, in order: each row as it was there before.
-    undo: Vec<(RowKey, Option<Option<Vec<u8>>>)>,
+    /// What the entry that is being applied changed, in order: each as it was before.
+    undo: Vec<Was>,
     touched: Touched,
     /// Keys of watched rows that changed since that was asked last.
     noted: Option<Vec<RowKey>>,
@@ -129,13 +139,15 @@ impl<K: Kv> State<K> {
         changed.collect()
     }
 
-    /// What is known, for the next view of the same store once this one's changes are committed.
+    /// What is known, for the next view of the same store once this one's changes are committed. Nothing is applied any more after it.
     pub fn take_known(&mut self) -> Known {
+        self.settle();
         std::mem::take(&mut self.known)
     }
 
     /// The changes since the view was made, to be committed atomically, and what they touched.
-    pub fn into_changes(self) -> (Batch, Touched) {
+    pub fn into_changes(mut self) -> (Batch, Touched) {
+        self.settle();
         (self.batch, self.touched)
     }
 
@@ -197,7 +209,7 @@ impl<K: Kv> State<K> {
     fn change(&mut self, key: RowKey, value: Option<Vec<u8>>) {
         self.known.forget(&key);
         let before = self.batch.insert(key.clone(), value);
-        self.undo.push((key, before));
+        self.undo.push(Was::Row(key, before));
     }
 
     pub(crate) fn touch(&mut self) -> &mut Touched {
@@ -216,7 +228,10 @@ impl<K: Kv> State<K> {
     }
 
     fn keep_entry(&mut self) {
-        let changed = self.undo.drain(..).map(|(key, _)| key);
+        let changed = self.undo.drain(..).filter_map(|was| match was {
+            Was::Row(key, _) => Some(key),
+            Was::Busy(..) => None,
+        });
         let Some(noted) = &mut self.noted else {
             return;
         };
@@ -225,12 +240,17 @@ impl<K: Kv> State<K> {
 
     fn drop_entry(&mut self) {
         // Newest first: a row that was changed twice ends as it was at first.
-        for (key, before) in self.undo.drain(..).rev() {
-            self.known.forget(&key);
-            match before {
-                Some(value) => self.batch.insert(key, value),
-                None => self.batch.remove(&key),
-            };
+        for was in self.undo.drain(..).rev() {
+            match was {
+                Was::Row(key, before) => {
+                    self.known.forget(&key);
+                    match before {
+                        Some(value) => self.batch.insert(key, value),
+                        None => self.batch.remove(&key),
+                    };
+                }
+                Was::Busy(name, before) => drop(self.known.busy.set(name, before)),
+            }
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::command::Reply;
 use super::kv::{Kv, KvError, RowKey};
 use super::row::{Key, Table};
-use super::{State, Stop, tombstones};
+use super::{State, Stop, busy, tombstones};
 use qsfs_proto::api::{Agent, Applied, Backend, BackendAddress, Intent, MetadError, Verdict};
 use qsfs_zstor::id::{AgentId, BackendId, LocationName, NodeName};
 use serde::{Deserialize, Serialize};
@@ -19,10 +19,6 @@ pub struct BackendLoad {
 
 pub(super) fn backend_key(id: BackendId) -> RowKey {
     Key::of(Table::Backend).number(id.0).done()
-}
-
-fn load_key(id: BackendId) -> RowKey {
-    Key::of(Table::BackendLoad).number(id.0).done()
 }
 
 fn agent_key(id: AgentId) -> RowKey {
@@ -179,11 +175,11 @@ impl<K: Kv> State<K> {
 
     /// What records place on a backend.
     pub fn backend_load(&self, id: BackendId) -> Result<BackendLoad, KvError> {
-        Ok(self.row(&load_key(id))?.unwrap_or_default())
+        self.busy(busy::Name::Load(id))
     }
 
-    pub(super) fn put_backend_load(&mut self, id: BackendId, load: &BackendLoad) {
-        self.put_row(load_key(id), load);
+    pub(super) fn put_backend_load(&mut self, id: BackendId, load: BackendLoad) {
+        self.put_busy(busy::Name::Load(id), load);
     }
 
     fn put_backend(&mut self, backend: &Backend) {

@@ -4,6 +4,7 @@
 //! (`Known::forget`). It may outlive one view of a store and be handed to the next, as long as nothing else writes to that store.
 
 use super::State;
+use super::busy;
 use super::kv::{Kv, KvError};
 use super::row::Table;
 use qsfs_proto::api::{Backend, Volume};
@@ -19,6 +20,7 @@ const ROWS_MAX: usize = 1_024;
 pub struct Known {
     volumes: HashMap<VolumeId, Arc<Volume>>,
     backends: HashMap<BackendId, Arc<Backend>>,
+    pub(super) busy: busy::Rows,
 }
 
 impl Known {

@@ -330,7 +330,7 @@ impl<K: Kv> State<K> {
         let mut totals = self.volume_totals(record.volume)?;
         totals.datafiles += 1;
         totals.bytes += record.plain_bytes;
-        self.put_volume_totals(record.volume, &totals);
+        self.put_volume_totals(record.volume, totals);
         self.count(record, true)?;
         self.write(record);
         Ok(())
@@ -340,7 +340,7 @@ impl<K: Kv> State<K> {
         let mut totals = self.volume_totals(record.volume)?;
         totals.datafiles -= 1;
         totals.bytes -= record.plain_bytes;
-        self.put_volume_totals(record.volume, &totals);
+        self.put_volume_totals(record.volume, totals);
         self.count(record, false)?;
         self.delete(key(record.volume, record.datafile));
         self.touch()
@@ -383,7 +383,7 @@ impl<K: Kv> State<K> {
                 load.shards -= shards;
                 load.bytes -= bytes;
             }
-            self.put_backend_load(backend, &load);
+            self.put_backend_load(backend, load);
         }
         Ok(())
     }

@@ -6,9 +6,10 @@
 
 use super::command::Request;
 use super::kv::{Kv, KvError, RowKey, after, prefix_end};
-use super::row::{Key, PAGE_ROWS, Table, decode};
-use super::{Outcome, State, tokens};
+use super::row::{Key, PAGE_ROWS, Table, array_at, decode, number_at};
+use super::{Outcome, State, busy, tokens};
 use qsfs_proto::api::MetadError;
+use qsfs_zstor::id::ClientId;
 use serde::{Deserialize, Serialize};
 
 /// A session without requests for so long is forgotten.
@@ -32,11 +33,8 @@ pub(super) struct Session {
     last_ms: u64,
 }
 
-fn session_key(id: &Request) -> RowKey {
-    Key::of(Table::Session)
-        .bytes(id.client.as_bytes())
-        .number(id.session)
-        .done()
+fn session_name(id: &Request) -> busy::Name {
+    busy::Name::Session(id.client, id.session)
 }
 
 fn answer_key(id: &Request, sequence: u64) -> RowKey {
@@ -52,7 +50,7 @@ pub(super) fn answered<K: Kv>(
     state: &State<K>,
     id: &Request,
 ) -> Result<(Session, Option<Outcome>), KvError> {
-    let session: Session = state.row(&session_key(id))?.unwrap_or_default();
+    let session: Session = state.busy(session_name(id))?;
     if id.sequence < session.floor {
         let text = format!("request {} is older than what is remembered", id.sequence);
         return Ok((session, Some(Err(MetadError::Unknown(text)))));
@@ -88,7 +86,7 @@ pub(super) fn remember<K: Kv>(
         floor,
         last_ms: now_ms,
     };
-    state.put_row(session_key(id), &session);
+    state.put_busy(session_name(id), session);
     state.put_row(answer_key(id, id.sequence), outcome);
     Ok(())
 }
@@ -112,6 +110,7 @@ pub(super) fn sweep<K: Kv>(state: &mut State<K>, now_ms: u64) -> Result<(), KvEr
         return Ok(());
     }
     state.put_last_sweep_ms(now_ms);
+    state.settle();
     tokens::sweep(state, now_ms)?;
     let prefix = Key::of(Table::Session).done();
     let (mut from, until) = (prefix.clone(), prefix_end(&prefix));
@@ -136,6 +135,7 @@ pub(super) fn sweep<K: Kv>(state: &mut State<K>, now_ms: u64) -> Result<(), KvEr
 fn forget<K: Kv>(state: &mut State<K>, session_key: &[u8]) -> Result<(), KvError> {
     let answers = Key::of(Table::Answer).bytes(&session_key[1..]).done();
     delete_range(state, &answers, &prefix_end(&answers))?;
-    state.delete(RowKey::from_slice(session_key));
+    let client = ClientId::from_bytes(array_at(session_key, 1)?);
+    state.delete_busy(busy::Name::Session(client, number_at(session_key, 17)?));
     Ok(())
 }

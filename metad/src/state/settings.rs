@@ -3,7 +3,7 @@
 use super::command::{Genesis, Reply};
 use super::kv::{Kv, KvError, RowKey};
 use super::row::{Key, Table};
-use super::{State, Stop, members, tokens};
+use super::{State, Stop, busy, members, tokens};
 use qsfs_proto::api::{Applied, ClusterSettings, MetadError};
 use qsfs_proto::ca::{CA_VALIDITY, LEAF_VALIDITY, LEAF_VALIDITY_MIN};
 use qsfs_proto::status::RotStatus;
@@ -49,9 +49,9 @@ fn single(name: &str) -> RowKey {
 
 /// Log time: the running maximum of the entries' times, so that it never goes back.
 pub(super) fn advance_time<K: Kv>(state: &mut State<K>, time_ms: u64) -> Result<u64, KvError> {
-    let last = state.log_time_ms()?;
+    let last: u64 = state.busy_kept(busy::Name::Time)?;
     if time_ms > last {
-        state.put_row(single("time"), &time_ms);
+        state.put_busy(busy::Name::Time, time_ms);
     }
     Ok(time_ms.max(last))
 }
@@ -159,7 +159,7 @@ pub fn check(settings: &ClusterSettings) -> Result<(), MetadError> {
 impl<K: Kv> State<K> {
     /// Log time in ms since the epoch.
     pub fn log_time_ms(&self) -> Result<u64, KvError> {
-        Ok(self.row(&single("time"))?.unwrap_or(0))
+        self.busy(busy::Name::Time)
     }
 
     /// The cluster, once initialised.
@@ -196,11 +196,11 @@ impl<K: Kv> State<K> {
         self.put_row(single("counters"), counters);
     }
 
-    pub(super) fn last_sweep_ms(&self) -> Result<u64, KvError> {
-        Ok(self.row(&single("sweep"))?.unwrap_or(0))
+    pub(super) fn last_sweep_ms(&mut self) -> Result<u64, KvError> {
+        self.busy_kept(busy::Name::Sweep)
     }
 
     pub(super) fn put_last_sweep_ms(&mut self, now_ms: u64) {
-        self.put_row(single("sweep"), &now_ms);
+        self.put_busy(busy::Name::Sweep, now_ms);
     }
 }

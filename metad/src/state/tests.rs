@@ -5,6 +5,7 @@ mod facts;
 mod model;
 
 use super::command::{Command, Entry, Genesis, MemberRow, Request};
+use super::known::Known;
 use super::kv::MemoryKv;
 use super::{Outcome, State, apply};
 use qsfs_proto::api::{Applied, BackendAddress, ClusterSettings, Mutation, VolumeSettings};
@@ -20,6 +21,8 @@ pub(crate) struct Twin {
     pub(crate) kv: MemoryKv,
     pub(crate) now_ms: u64,
     sequence: u64,
+    /// Everything that was applied.
+    log: Vec<Entry>,
 }
 
 pub(crate) const VOLUME: VolumeId = VolumeId::from_bytes([7; 16]);
@@ -75,6 +78,7 @@ impl Twin {
             kv: MemoryKv::default(),
             now_ms: 1_000,
             sequence: 0,
+            log: Vec::new(),
         };
         let settings = ClusterSettings::default();
         let genesis = Genesis {
@@ -141,7 +145,24 @@ impl Twin {
         let outcome = apply(&mut state, entry).unwrap();
         let (batch, _) = state.into_changes();
         self.kv.commit(batch);
+        self.log.push(entry.clone());
         outcome
+    }
+
+    /// What the same entries lead to when a view sees so many of them, and hands on what it knows.
+    pub(crate) fn replayed(&self, in_a_view: usize) -> MemoryKv {
+        let mut kv = MemoryKv::default();
+        let mut known = Known::default();
+        for entries in self.log.chunks(in_a_view) {
+            let mut state = State::noting(&kv, known);
+            for entry in entries {
+                apply(&mut state, entry).unwrap();
+            }
+            known = state.take_known();
+            let (batch, _) = state.into_changes();
+            kv.commit(batch);
+        }
+        kv
     }
 
     pub(crate) fn internal(&mut self, command: Command) -> Outcome {

@@ -3,7 +3,7 @@
 use super::command::Reply;
 use super::kv::{Kv, KvError, RowKey, prefix_end};
 use super::row::{Key, PAGE_ROWS, Table, decode};
-use super::{State, Stop, records};
+use super::{State, Stop, busy, records};
 use crate::placing;
 use qsfs_proto::api::{Applied, Head, Lease, MetadError, Mutation, Volume, VolumeSettings};
 use qsfs_zstor::id::{ClientId, DatafileId, Epoch, VolumeId, VolumeName};
@@ -41,10 +41,6 @@ fn name_key(name: &VolumeName) -> RowKey {
 
 fn doomed_key(id: VolumeId) -> RowKey {
     Key::of(Table::Doomed).bytes(id.as_bytes()).done()
-}
-
-fn totals_key(id: VolumeId) -> RowKey {
-    Key::of(Table::VolumeTotals).bytes(id.as_bytes()).done()
 }
 
 fn check(settings: &VolumeSettings) -> Result<(), MetadError> {
@@ -151,7 +147,7 @@ pub(super) fn reap<K: Kv>(state: &mut State<K>, id: VolumeId, now_ms: u64) -> Re
     let remaining = page.len() == REAP_RECORDS;
     if !remaining {
         state.delete(doomed_key(id));
-        state.delete(totals_key(id));
+        state.delete_busy(busy::Name::Totals(id));
         state.touch().volumes = true;
     }
     Ok(Reply::Remaining(remaining))
@@ -252,7 +248,7 @@ impl<K: Kv> State<K> {
 
     /// Sums over a volume's records.
     pub fn volume_totals(&self, id: VolumeId) -> Result<VolumeTotals, KvError> {
-        Ok(self.row(&totals_key(id))?.unwrap_or_default())
+        self.busy(busy::Name::Totals(id))
     }
 
     /// Deleted volumes that still have records.
@@ -296,7 +292,7 @@ impl<K: Kv> State<K> {
         self.touch().volumes = true;
     }
 
-    pub(super) fn put_volume_totals(&mut self, id: VolumeId, totals: &VolumeTotals) {
-        self.put_row(totals_key(id), totals);
+    pub(super) fn put_volume_totals(&mut self, id: VolumeId, totals: VolumeTotals) {
+        self.put_busy(busy::Name::Totals(id), totals);
     }
 }

@@ -289,6 +289,7 @@ fn a_deleted_volume_is_gone_at_once_and_its_records_become_tombstones() {
     let reaped = twin.internal(Command::ReapVolume(VOLUME));
     assert_eq!(reaped, Ok(Reply::Remaining(false)));
     assert_eq!(twin.state().backend_load(BackendId(1)).unwrap().shards, 0);
+    assert_eq!(twin.replayed(usize::MAX), twin.kv);
     assert_eq!(
         twin.state().tombstones_due(BackendId(1), 9).unwrap().len(),
         3
@@ -462,6 +463,8 @@ fn sessions_expire_by_log_time() {
     twin.now_ms = late_ms + SESSION_TTL_MS + SWEEP_INTERVAL_MS + 1;
     twin.internal(Command::SetVerdicts(vec![])).unwrap();
     assert_eq!(sessions(&twin), 0);
+    assert_eq!(twin.replayed(usize::MAX), twin.kv);
+    assert_eq!(twin.replayed(2), twin.kv);
 }
 
 #[test]

@@ -397,5 +397,8 @@ proptest! {
         let first = run(&ops);
         let second = run(&ops);
         prop_assert_eq!(first.twin.kv.rows(), second.twin.kv.rows());
+        for in_a_view in [1, 3, usize::MAX] {
+            prop_assert_eq!(&first.twin.replayed(in_a_view), &first.twin.kv);
+        }
     }
 }
