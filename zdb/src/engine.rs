@@ -15,6 +15,7 @@
 mod append;
 mod commit;
 mod compact;
+mod directory;
 mod entry;
 mod index;
 mod lifecycle;

@@ -23,7 +23,12 @@ impl Store {
     ) {
         let mut rest = planned;
         while !rest.is_empty() {
-            self.rotate_if_due(writer, rest[0].frame_bytes());
+            if let Err(gone) = self.rotate_if_due(writer, rest[0].frame_bytes()) {
+                for entry in rest {
+                    outcomes[entry.operation] = Err(gone.clone());
+                }
+                return;
+            }
             let room = self.datafile_bytes.saturating_sub(writer.active.len());
             let mut bytes = 0;
             let fitting = rest.iter().take_while(|entry| {
@@ -83,7 +88,8 @@ impl Store {
         }
     }
 
-    fn rotate_if_due(&self, writer: &mut Writer, next_bytes: u64) {
+    /// An error only if the directory is gone.
+    fn rotate_if_due(&self, writer: &mut Writer, next_bytes: u64) -> Result<(), EngineError> {
         let length = writer.active.len();
         let mostly_garbage = {
             let state = self.state.read();
@@ -92,12 +98,16 @@ impl Store {
             length > self.datafile_bytes / EARLY_ROTATION_PART && live < length / 4
         };
         let full = length + next_bytes > self.datafile_bytes && !writer.active.is_empty();
-        if (full || mostly_garbage)
-            && let Err(error) = self.rotate(writer)
-        {
+        if !full && !mostly_garbage {
+            return Ok(());
+        }
+        // No datafile is begun in a directory that took the place of the one that was opened.
+        self.check_alive()?;
+        if let Err(error) = self.rotate(writer) {
             // The old datafile may still take it; if not, the append says why.
             tracing::warn!(dir = %self.dir.display(), %error, "cannot begin a new datafile");
         }
+        Ok(())
     }
 
     pub(super) fn rotate(&self, writer: &mut Writer) -> Result<(), EngineError> {

@@ -201,8 +201,8 @@ impl Store {
         settings: &NamespaceSettings,
         now: u32,
     ) -> Staged {
-        let space = self.media.space(&self.dir);
-        let ready = self.check_running().and_then(|()| self.check_alive());
+        let ready = self.check_running();
+        let ready = ready.and_then(|()| self.check_alive_lately());
         if let Err(error) = ready {
             return Staged::refused(operations.len(), &error);
         }
@@ -217,9 +217,7 @@ impl Store {
             now,
             overlay: HashMap::new(),
             live_bytes,
-            disk_room: space.map_or(0, |space| {
-                space.free_bytes.saturating_sub(self.reserve_bytes)
-            }),
+            disk_room: self.room(&mut writer),
             planned: Vec::new(),
             repeated: Vec::new(),
         };
@@ -233,6 +231,9 @@ impl Store {
             repeated,
             ..
         } = batch;
+        writer
+            .room
+            .take(entries.iter().map(Planned::frame_bytes).sum());
         self.append_planned(&mut writer, &mut entries, &mut outcomes);
         entries.retain(|entry| outcomes[entry.operation].is_ok());
         for Repeated { operation, of } in repeated {

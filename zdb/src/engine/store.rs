@@ -1,11 +1,12 @@
 //! A namespace's datafiles and index: opening, reading, state. Writing is in [`super::commit`], reclaiming in [`super::compact`].
 
 use super::compact::GoOn;
+use super::directory::{Room, identities};
 use super::entry::{Counters, KIND_COUNTERS, PURPOSE};
 use super::index::Index;
 use super::load::{self, Loaded};
 use super::pending::Pending;
-use super::settings::{MARKER, StoredSettings};
+use super::settings::StoredSettings;
 use super::{EngineError, EngineOptions, SyncPolicy, snapshot};
 use crate::datafile::{Datafile, DatafileError, DatafileHeader, DatafileReader, FrameParts};
 use crate::media::{Identity, Media, MediaLock};
@@ -20,8 +21,6 @@ use std::time::Instant;
 const LOCK: &str = "lock";
 /// A snapshot is made when this part of a datafile's full size is not in one yet.
 const SNAPSHOT_WORTH_PART: u64 = 64;
-/// A directory that was there so long ago is taken to be there still.
-const ALIVE_FOR_MS: u64 = 20;
 /// Damage kept in the list; more is only logged.
 const DAMAGE_REPORTS_MAX: usize = 10_000;
 
@@ -56,10 +55,11 @@ pub(super) struct Store {
     pub(super) settled: Mutex<()>,
     pub(super) settling: Condvar,
     damaged: Mutex<Vec<DamageReport>>,
-    identity: RwLock<(Identity, Identity)>,
+    /// Of the directory and of the marker file in it.
+    pub(super) identity: RwLock<(Identity, Identity)>,
     /// When the directory was last seen to be there, in milliseconds since `opened`.
-    alive_at_ms: AtomicU64,
-    opened: Instant,
+    pub(super) alive_at_ms: AtomicU64,
+    pub(super) opened: Instant,
     /// Released at close, even while connections still hold the namespace.
     lock: Mutex<Option<Box<dyn MediaLock>>>,
 }
@@ -84,6 +84,7 @@ pub(super) struct State {
 pub(super) struct Writer {
     pub(super) active: Datafile,
     pub(super) counters: Counters,
+    pub(super) room: Room,
 }
 
 pub(super) fn file_name(file: u32) -> String {
@@ -172,6 +173,7 @@ impl Store {
             writer: Mutex::new(Writer {
                 active,
                 counters: loaded.counters,
+                room: Room::default(),
             }),
             next_file: AtomicU32::new(loaded.highest + 1),
             sync: options.sync,
@@ -213,58 +215,6 @@ impl Store {
             None => self.media.exists(&report.path),
         });
         damaged.clone()
-    }
-
-    /// Is the directory still the one that was opened?
-    pub(super) fn check_alive(&self) -> Result<(), EngineError> {
-        let known = self.identity.read();
-        match identities(&self.media, &self.dir) {
-            Ok(now) if now == *known => {
-                let now_ms = self.since_opened_ms();
-                self.alive_at_ms.store(now_ms, Ordering::Relaxed);
-                Ok(())
-            }
-            _ => {
-                self.alive_at_ms.store(0, Ordering::Relaxed);
-                Err(EngineError::Gone {
-                    dir: self.dir.clone(),
-                })
-            }
-        }
-    }
-
-    /// As [`Store::check_alive`], but what was found a moment ago will do: many small reads need not ask the disk each time.
-    pub(super) fn check_alive_lately(&self) -> Result<(), EngineError> {
-        let seen = self.alive_at_ms.load(Ordering::Relaxed);
-        if seen > 0 && self.since_opened_ms() - seen < ALIVE_FOR_MS {
-            return Ok(());
-        }
-        self.check_alive()
-    }
-
-    /// Never 0.
-    fn since_opened_ms(&self) -> u64 {
-        u64::try_from(self.opened.elapsed().as_millis()).map_or(u64::MAX, |ms| ms + 1)
-    }
-
-    /// Replace the stored settings, and with them the file by which the directory is known.
-    pub(super) fn save_settings(&self, stored: &StoredSettings) -> Result<(), EngineError> {
-        let mut identity = self.identity.write();
-        let saved = stored.save(&self.media, &self.dir);
-        // Also after an error: the new name may stand already.
-        if let Ok(now) = identities(&self.media, &self.dir)
-            && now.0 == identity.0
-        {
-            *identity = now;
-        }
-        saved
-    }
-
-    /// Would the disk soon be full?
-    pub(super) fn is_short_of_room(&self, datafiles: u64) -> bool {
-        let room = self.datafile_bytes.saturating_mul(datafiles) + self.reserve_bytes;
-        let space = self.media.space(&self.dir);
-        space.map_or(true, |space| space.free_bytes < room)
     }
 
     /// Is there a complete datafile without its snapshot?
@@ -475,13 +425,4 @@ pub(super) fn append_counters(
             parts: &[],
         }])
         .map(|_| ())
-}
-
-fn identities(media: &Arc<dyn Media>, dir: &Path) -> Result<(Identity, Identity), EngineError> {
-    let marker = dir.join(MARKER);
-    let directory = media.identity(dir).map_err(EngineError::io("find", dir))?;
-    let marker = media
-        .identity(&marker)
-        .map_err(EngineError::io("find", &marker))?;
-    Ok((directory, marker))
 }

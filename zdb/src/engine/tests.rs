@@ -2,6 +2,7 @@
 
 mod alone;
 mod crash;
+mod directory;
 mod faults;
 mod history;
 mod pipeline;
