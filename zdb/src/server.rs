@@ -20,6 +20,7 @@ mod counters;
 mod cursor;
 mod files;
 mod instance;
+mod lookout;
 mod manage;
 mod pace;
 mod parser;

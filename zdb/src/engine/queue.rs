@@ -251,6 +251,11 @@ impl Answer {
         Self(Known::Already(Some(outcome)))
     }
 
+    /// Was it known when the operation was handed over?
+    pub(crate) fn is_known(&self) -> bool {
+        matches!(self.0, Known::Already(_))
+    }
+
     /// Wait for a SET: the key, or `None` if the value was the same already. To be asked once.
     pub(crate) async fn stored(&mut self) -> Result<Option<Bytes>, EngineError> {
         let outcome = match &mut self.0 {

@@ -1,6 +1,7 @@
 //! One connection: the reader parses and decides, the [`super::writer`] answers in order; both are one task.
 
 use super::command::Command;
+use super::lookout::{LookOut, Source, Watched};
 use super::pace::is_too_slow;
 use super::parser::Parser;
 use super::reply::Reply;
@@ -10,9 +11,12 @@ use super::writer::{Answers, Held, Outcome, Outstanding, Queued, Writer};
 use super::{BUDGET_UNIT, Server};
 use crate::engine::Caller;
 use bytes::{Bytes, BytesMut};
+use std::future::{Future, poll_fn};
 use std::io;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
@@ -86,7 +90,7 @@ async fn talk_tls<S: AsyncRead + AsyncWrite + Unpin>(
     talk(server, read, write, client).await
 }
 
-async fn talk<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
+async fn talk<R: Source, W: AsyncWrite + Unpin>(
     server: Arc<Server>,
     read: R,
     write: W,
@@ -94,15 +98,18 @@ async fn talk<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
 ) -> io::Result<()> {
     let answers = Arc::new(Answers::default());
     let outstanding = Arc::new(Outstanding::default());
+    let look_out = Arc::new(LookOut::of(&read));
     let writer = Writer {
         write,
+        look_out: Arc::clone(&look_out),
         answers: Arc::clone(&answers),
         outstanding: Arc::clone(&outstanding),
         server: Arc::clone(&server),
     };
     let units = server.config.connection_inflight_bytes / BUDGET_UNIT;
     let mut reader = Reader {
-        read,
+        read: Watched::new(read, Arc::clone(&look_out)),
+        look_out: Arc::clone(&look_out),
         session: Session::new(Arc::clone(&server), client),
         server,
         parser: Parser::default(),
@@ -115,13 +122,29 @@ async fn talk<R: AsyncRead + Unpin, W: AsyncWrite + Unpin>(
         arrival: None,
         begun: Instant::now(),
     };
-    let mut writing = std::pin::pin!(writer.run());
-    let ended = tokio::select! {
-        // The writer is always polled behind the reader: see `Answers`.
-        biased;
-        ended = reader.run() => ended,
-        // When nothing can be answered any more, reading is pointless.
-        written = &mut writing => return written,
+    let mut writing = pin!(writer.run());
+    let ended = {
+        let mut reading = pin!(reader.run());
+        poll_fn(|context| {
+            loop {
+                // The writer is always polled behind the reader: see `Answers`.
+                if let Poll::Ready(ended) = reading.as_mut().poll(context) {
+                    return Poll::Ready(Ok(ended));
+                }
+                // When nothing can be answered any more, reading is pointless.
+                if let Poll::Ready(written) = writing.as_mut().poll(context) {
+                    return Poll::Ready(Err(written));
+                }
+                if !look_out.goes_on() {
+                    return Poll::Pending;
+                }
+            }
+        })
+        .await
+    };
+    let ended = match ended {
+        Ok(ended) => ended,
+        Err(written) => return written,
     };
     // The writer ends after the last answer.
     reader.answers.end();
@@ -149,7 +172,8 @@ struct Arrival {
 }
 
 struct Reader<R> {
-    read: R,
+    read: Watched<R>,
+    look_out: Arc<LookOut>,
     session: Session,
     server: Arc<Server>,
     parser: Parser,
@@ -163,7 +187,7 @@ struct Reader<R> {
     begun: Instant,
 }
 
-impl<R: AsyncRead + Unpin> Reader<R> {
+impl<R: Source> Reader<R> {
     async fn run(&mut self) -> io::Result<Ending> {
         loop {
             self.parser.request_bytes_max =
@@ -323,6 +347,9 @@ impl<R: AsyncRead + Unpin> Reader<R> {
         let outcome = match answering {
             Answering::Write(write) => {
                 self.outstanding.begin();
+                if write.is_known() {
+                    self.look_out.expect();
+                }
                 Outcome::Write(write)
             }
             Answering::Values(values) => return self.read_values(command, values).await,

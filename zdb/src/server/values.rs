@@ -16,6 +16,11 @@ pub(super) struct PendingWrite {
 }
 
 impl PendingWrite {
+    /// Was it carried out by the thread that asked?
+    pub(super) fn is_known(&self) -> bool {
+        self.answer.is_known()
+    }
+
     /// The reply, if the outcome is known already.
     pub(super) fn try_reply(&mut self) -> Option<Reply> {
         let outcome = self.answer.try_stored()?;

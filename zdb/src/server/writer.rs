@@ -2,6 +2,7 @@
 
 use super::Server;
 use super::connection::PACE_TICK;
+use super::lookout::LookOut;
 use super::pace::is_too_slow;
 use super::reply::{Outgoing, Reply};
 use super::values::PendingWrite;
@@ -128,6 +129,7 @@ impl Answers {
 
 pub(super) struct Writer<W> {
     pub(super) write: W,
+    pub(super) look_out: Arc<LookOut>,
     pub(super) answers: Arc<Answers>,
     pub(super) outstanding: Arc<Outstanding>,
     pub(super) server: Arc<Server>,
@@ -145,6 +147,7 @@ impl<W: AsyncWrite + Unpin> Writer<W> {
                 None => {
                     self.send(&mut outgoing).await?;
                     held.clear();
+                    self.look_out.answered();
                     self.answers.next().await
                 }
             };
