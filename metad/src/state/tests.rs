@@ -156,7 +156,7 @@ impl Twin {
         for entries in self.log.chunks(in_a_view) {
             let mut state = State::noting(&kv, known);
             for entry in entries {
-                apply(&mut state, entry).unwrap();
+                drop(apply(&mut state, entry).unwrap());
             }
             known = state.take_known();
             let (batch, _) = state.into_changes();
