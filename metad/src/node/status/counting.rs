@@ -108,3 +108,7 @@ fn walk(machine: &Machine) -> Result<Count, KvError> {
         bad_shards,
     })
 }
+
+#[cfg(test)]
+#[path = "counting/tests.rs"]
+mod tests;
