@@ -2,8 +2,13 @@
 
 use crate::cli::Cli;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
-use tracing_subscriber::EnvFilter;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Metadata, Subscriber};
+use tracing_subscriber::layer::{Context, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 /// What a child that was started in the background says first, as one line of JSON on its standard output.
 #[derive(Debug, Serialize, Deserialize)]
@@ -55,9 +60,98 @@ pub(crate) fn log_to_stderr(arguments: &Cli) {
         .unwrap_or_else(|| arguments.command.log_level().to_owned());
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    tracing_subscriber::fmt()
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
-        .with_ansi(colours)
-        .with_env_filter(filter)
+        .with_ansi(colours);
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(NotEveryRead)
+        .with(lines)
         .init();
+}
+
+/// Hides one line of openraft, and no other: that a voter did not confirm the leader for a read, which it says at every read and of
+/// every such voter. metad says itself, now and then, that reads are refused and why.
+#[derive(Debug, Clone, Copy)]
+struct NotEveryRead;
+
+impl NotEveryRead {
+    const TARGET: &str = "openraft::core::raft_core";
+    const TEXT: &str = "timeout while confirming leadership for read request";
+
+    fn may_be_it(metadata: &Metadata<'_>) -> bool {
+        metadata.target() == Self::TARGET && *metadata.level() == Level::ERROR
+    }
+}
+
+impl<S: Subscriber> Layer<S> for NotEveryRead {
+    fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
+        if !Self::may_be_it(event.metadata()) {
+            return true;
+        }
+        let mut text = Text::default();
+        event.record(&mut text);
+        text.0 != Self::TEXT
+    }
+}
+
+/// What an event says.
+#[derive(Default)]
+struct Text(String);
+
+impl Visit for Text {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == "message" {
+            self.0 = format!("{value:?}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().expect("no writer panics").write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn openraft_is_not_heard_of_every_read_and_of_everything_else() {
+        let written = Written::default();
+        let to = written.clone();
+        let lines = tracing_subscriber::fmt::layer()
+            .with_writer(move || to.clone())
+            .with_ansi(false);
+        let subscriber = tracing_subscriber::registry()
+            .with(EnvFilter::new("info"))
+            .with(NotEveryRead)
+            .with(lines);
+        tracing::subscriber::with_default(subscriber, || {
+            for (target, error) in [(1, "the first"), (2, "the second")] {
+                tracing::error!(target: "openraft::core::raft_core", target, error, "timeout while confirming leadership for read request");
+            }
+            tracing::error!(target: "openraft::core::raft_core", target = 3, error = "third", "while requesting vote");
+            tracing::error!(target: "openraft::core::raft_core", error = "timeout while confirming leadership for read request", "fourth");
+            tracing::warn!(target: "openraft::core::raft_core", "timeout while confirming leadership for read request, fifth");
+            tracing::error!(target: "openraft::replication", "sixth: timeout while confirming leadership for read request");
+            tracing::error!("timeout while confirming leadership for read request: ours");
+            tracing::debug!(target: "openraft::core::raft_core", "nobody asked for it");
+        });
+        let text = String::from_utf8(written.0.lock().expect("it ended").clone()).expect("text");
+        let expected = ["third", "fourth", "fifth", "sixth", "ours"];
+        assert_eq!(text.lines().count(), expected.len(), "{text}");
+        for (line, word) in text.lines().zip(expected) {
+            assert!(line.contains(word), "{line} is not of {word}");
+        }
+    }
 }

@@ -19,11 +19,14 @@ use qsfs_proto::api::MetadError;
 use qsfs_proto::server::CallError;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
 /// Readers waiting for the next round.
 const READERS_MAX: usize = 16_384;
+
+/// Between two words of rounds that failed.
+const SAY_EVERY: Duration = Duration::from_secs(10);
 
 /// A proposal or a round of heartbeats takes no longer, or its outcome is unknown.
 pub const DEADLINE: Duration = Duration::from_secs(10);
@@ -127,16 +130,43 @@ impl Consensus {
 }
 
 async fn serve_readers(raft: Raft, mut waiting: mpsc::Receiver<oneshot::Sender<Answer>>) {
+    let mut refusals = Refusals::default();
     while let Some(first) = waiting.recv().await {
         let mut readers = vec![first];
         while let Ok(next) = waiting.try_recv() {
             readers.push(next);
         }
         let answer = round(&raft).await;
+        if let Err(CallError::Refused(reason @ MetadError::NoQuorum(_))) = &answer
+            && let Some(rounds) = refusals.one_more(Instant::now())
+        {
+            tracing::error!(%reason, rounds, "reads are refused: no majority confirms that this metad leads");
+        }
         for reader in readers {
             // A reader whose caller went away does not wait any more.
             drop(reader.send(answer.clone()));
         }
+    }
+}
+
+/// Rounds that failed for want of a majority: there may be hundreds a second, and one line says as much.
+#[derive(Debug, Default)]
+struct Refusals {
+    said: Option<Instant>,
+    rounds: u64,
+}
+
+impl Refusals {
+    /// A round failed; if it is time to say so: how many since that was said last.
+    fn one_more(&mut self, now: Instant) -> Option<u64> {
+        self.rounds += 1;
+        let due = self
+            .said
+            .is_none_or(|said| now.saturating_duration_since(said) >= SAY_EVERY);
+        due.then(|| {
+            self.said = Some(now);
+            std::mem::take(&mut self.rounds)
+        })
     }
 }
 
@@ -150,5 +180,27 @@ async fn round(raft: &Raft) -> Answer {
         }
         Ok(Err(error)) => Err(MetadError::NoQuorum(error.to_string()).into()),
         Err(_) => Err(MetadError::NoQuorum("no majority answered in time".into()).into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failed_rounds_are_said_at_once_and_then_seldom_with_their_number() {
+        let begin = Instant::now();
+        let mut refusals = Refusals::default();
+        let said: Vec<(u64, u64)> = (0..2_500)
+            .map(|tick| tick * 10)
+            .filter_map(|ms| {
+                let rounds = refusals.one_more(begin + Duration::from_millis(ms))?;
+                Some((ms, rounds))
+            })
+            .collect();
+        assert_eq!(said, [(0, 1), (10_000, 1_000), (20_000, 1_000)]);
+        // After a long quiet, again at once, with those that were not said.
+        let later = begin + Duration::from_secs(3_600);
+        assert_eq!(refusals.one_more(later), Some(500));
     }
 }
