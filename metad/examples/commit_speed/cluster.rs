@@ -53,6 +53,8 @@ impl Node {
         let child = std::process::Command::new(std::env::current_exe()?)
             .arg("serve")
             .arg(&self.data)
+            // As the program itself sets it.
+            .env("MALLOC_ARENA_MAX", "2")
             .stdin(Stdio::null())
             .spawn()?;
         self.child = Some(child);
