@@ -89,6 +89,7 @@ impl LocalBackend {
             last_scrub_ms: progress.last_scrub_ms,
             scrub_percent: progress.toured_bytes.map(percent),
             scrub_found: progress.found,
+            age_ms: Some(0),
         }
     }
 

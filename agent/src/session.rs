@@ -135,7 +135,14 @@ impl SessionTask {
     }
 
     async fn facts(&self) -> Vec<qsfs_proto::api::BackendFacts> {
-        join_all(self.backends.iter().map(LocalBackend::facts)).await
+        let began = Instant::now();
+        let mut all = join_all(self.backends.iter().map(LocalBackend::facts)).await;
+        // The slowest holds up all of them.
+        let age_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        for facts in &mut all {
+            facts.age_ms = Some(age_ms);
+        }
+        all
     }
 }
 

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 /// Longest time a count is used.
 const COUNT_EVERY: Duration = Duration::from_millis(250);
-/// Part of the volume kept free: for the journal, as removing must stay possible when writing is not, and for what was stored since the
-/// backends last said how much room they have, which a quick push makes several datafiles.
+/// Part of the volume kept free: for the journal, as removing must stay possible when writing is not, and for what others stored since
+/// the backends last said how much room they have.
 const RESERVE_PART: u64 = 16;
 /// Least and most that is kept free.
 const RESERVE_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=256 << 20;

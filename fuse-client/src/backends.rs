@@ -3,12 +3,15 @@
 //! A backend that failed is left alone for a while (doubling, bounded), so that reads and pushes do not wait for its
 //! timeout again and again. metad's verdict counts as well: what is down there is asked last.
 
+mod heard;
+
 use crate::admission::Room;
 use crate::cluster::Cluster;
 use async_trait::async_trait;
 use bytes::Bytes;
+use heard::Heard;
 use parking_lot::{Mutex, RwLock};
-use qsfs_proto::api::{Backend, BackendFacts, Intent, MetadError, Verdict};
+use qsfs_proto::api::{Backend, Intent, MetadError, Verdict};
 use qsfs_zdb::client::{ClientConfig, ClientError, ClientTls, Password, ZdbClient};
 use qsfs_zstor::id::BackendId;
 use qsfs_zstor::placement::{Candidate, Site, room_per_shard};
@@ -110,7 +113,7 @@ pub struct Backends {
     cluster: Arc<dyn Cluster>,
     connector: Arc<dyn Connector>,
     known: RwLock<BTreeMap<BackendId, Known>>,
-    facts: RwLock<BTreeMap<BackendId, BackendFacts>>,
+    heard: RwLock<BTreeMap<BackendId, Heard>>,
     trouble: Mutex<BTreeMap<BackendId, Trouble>>,
     full: Mutex<BTreeMap<BackendId, Instant>>,
     refreshed: tokio::sync::Mutex<Option<Instant>>,
@@ -129,7 +132,7 @@ impl Backends {
             cluster,
             connector,
             known: RwLock::default(),
-            facts: RwLock::default(),
+            heard: RwLock::default(),
             trouble: Mutex::default(),
             full: Mutex::default(),
             refreshed: tokio::sync::Mutex::new(None),
@@ -143,14 +146,20 @@ impl Backends {
             return Ok(());
         }
         let listed = self.cluster.backends().await?;
-        // Facts are soft: placement can do without.
+        // Facts are soft: placement can do without. A new leader has none yet, and an old one's are still the newest then.
+        let asked = Instant::now();
         let facts = self.cluster.backend_facts().await.unwrap_or_default();
-        *self.facts.write() = facts
-            .into_iter()
-            .map(|facts| (facts.backend, facts))
-            .collect();
-        let mut known = self.known.write();
         let ids: BTreeSet<BackendId> = listed.iter().map(|backend| backend.id).collect();
+        {
+            let mut heard = self.heard.write();
+            for facts in facts {
+                let age = facts.age_ms.map(Duration::from_millis);
+                let heard = heard.entry(facts.backend).or_default();
+                heard.hear(facts.free_bytes, age, asked);
+            }
+            heard.retain(|id, _| ids.contains(id));
+        }
+        let mut known = self.known.write();
         known.retain(|id, _| ids.contains(id));
         for backend in listed {
             match known.get_mut(&backend.id) {
@@ -254,7 +263,7 @@ impl Backends {
 
     /// Those that may take new shards.
     pub fn candidates(&self, without: &BTreeSet<BackendId>) -> Vec<Candidate> {
-        let facts = self.facts.read();
+        let heard = self.heard.read();
         self.known
             .read()
             .values()
@@ -265,9 +274,10 @@ impl Backends {
                 backend: backend.id,
                 location: backend.location.clone(),
                 node: backend.node.clone(),
-                free_bytes: facts
+                free_bytes: heard
                     .get(&backend.id)
-                    .map_or(backend.capacity_bytes, |facts| facts.free_bytes),
+                    .and_then(Heard::free_bytes)
+                    .unwrap_or(backend.capacity_bytes),
             })
             .collect()
     }
@@ -308,7 +318,7 @@ impl Backends {
     /// Bytes of plaintext that fit at this geometry on all backends that are not lost or leaving, up or not, as last heard; `None`
     /// while none is known.
     pub fn plain_room(&self, geometry: Geometry) -> Option<Room> {
-        let facts = self.facts.read();
+        let heard = self.heard.read();
         let known = self.known.read();
         let (mut total, mut free) = (Vec::new(), Vec::new());
         let staying = known
@@ -316,9 +326,10 @@ impl Backends {
             .map(|known| &known.backend)
             .filter(|backend| backend.verdict != Verdict::Lost && backend.intent == Intent::Serve);
         for backend in staying {
-            let left = facts
+            let left = heard
                 .get(&backend.id)
-                .map_or(backend.capacity_bytes, |facts| facts.free_bytes);
+                .and_then(Heard::free_bytes)
+                .unwrap_or(backend.capacity_bytes);
             total.push(backend.capacity_bytes);
             free.push(left.min(backend.capacity_bytes));
         }
@@ -330,10 +341,74 @@ impl Backends {
         })
     }
 
-    /// So many bytes more are there than when this backend was last heard of.
+    /// So many bytes more were just stored there.
     pub fn note_stored(&self, id: BackendId, bytes: u64) {
-        if let Some(facts) = self.facts.write().get_mut(&id) {
-            facts.free_bytes = facts.free_bytes.saturating_sub(bytes);
+        let mut heard = self.heard.write();
+        heard.entry(id).or_default().note(bytes, Instant::now());
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::testing::FakeCluster;
+    use qsfs_proto::api::BackendFacts;
+
+    const FREE: u64 = 1 << 30;
+
+    fn facts(backend: u64, free_bytes: u64, age_ms: u64) -> BackendFacts {
+        BackendFacts {
+            backend: BackendId(backend),
+            healthy: true,
+            free_bytes,
+            age_ms: Some(age_ms),
+            ..BackendFacts::default()
         }
+    }
+
+    fn free(backends: &Backends) -> Vec<u64> {
+        let all = backends.candidates(&BTreeSet::new());
+        all.iter().map(|candidate| candidate.free_bytes).collect()
+    }
+
+    /// A client asked for the room right after it had stored a datafile: the answer was from before, and replaced what it had counted.
+    #[tokio::test]
+    async fn what_was_stored_meanwhile_is_taken_off_of_facts_that_are_old_when_they_come() {
+        let fake = FakeCluster::new("2+2", 1, 1);
+        let backends = Backends::new(Arc::new(fake.clone()), Arc::new(fake.clone()));
+        fake.0.lock().facts = (1..=4).map(|id| facts(id, FREE, 0)).collect();
+        backends.refresh(Duration::ZERO).await.unwrap();
+        assert_eq!(free(&backends), [FREE; 4]);
+        let geometry: Geometry = "2+2".parse().unwrap();
+        let room = backends.plain_room(geometry).unwrap().left_bytes;
+        for id in 1..=4 {
+            backends.note_stored(BackendId(id), 1_000);
+        }
+        assert_eq!(free(&backends), [FREE - 1_000; 4]);
+        // An hour ago, and not said again.
+        fake.0.lock().facts = (1..=3).map(|id| facts(id, FREE, 3_600_000)).collect();
+        backends.refresh(Duration::ZERO).await.unwrap();
+        assert_eq!(free(&backends), [FREE - 1_000; 4]);
+        let left = backends.plain_room(geometry).unwrap().left_bytes;
+        assert!(left < room, "{left} of {room}");
+    }
+
+    /// While a new leader had not heard the agents yet, or did not answer, full backends were taken for empty ones.
+    #[tokio::test]
+    async fn a_metad_that_knows_no_facts_takes_none_away() {
+        let fake = FakeCluster::new("2+2", 1, 1);
+        let backends = Backends::new(Arc::new(fake.clone()), Arc::new(fake.clone()));
+        fake.0.lock().facts = (1..=4).map(|id| facts(id, FREE, 0)).collect();
+        backends.refresh(Duration::ZERO).await.unwrap();
+        fake.0.lock().facts.clear();
+        backends.refresh(Duration::ZERO).await.unwrap();
+        assert_eq!(free(&backends), [FREE; 4]);
+        // Of a backend that is not listed any more nothing is kept.
+        fake.0.lock().backends.pop();
+        backends.note_stored(BackendId(4), 1);
+        backends.refresh(Duration::ZERO).await.unwrap();
+        assert_eq!(free(&backends), [FREE; 3]);
+        assert_eq!(backends.heard.read().len(), 3);
     }
 }

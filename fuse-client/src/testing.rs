@@ -44,6 +44,7 @@ pub(crate) struct World {
     pub(crate) pieces: BTreeMap<(BackendId, Vec<u8>), Bytes>,
     pub(crate) trouble: BTreeMap<BackendId, Trouble>,
     pub(crate) backends: Vec<Backend>,
+    pub(crate) facts: Vec<BackendFacts>,
     /// The next so many commits are applied, and their answers lost.
     pub(crate) lose_commit_answers: usize,
     pub(crate) unreachable: bool,
@@ -312,7 +313,7 @@ impl Cluster for FakeCluster {
     }
 
     async fn backend_facts(&self) -> Result<Vec<BackendFacts>, MetadError> {
-        Ok(Vec::new())
+        Ok(self.reachable()?.facts.clone())
     }
 
     async fn placement(

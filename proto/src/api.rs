@@ -233,6 +233,8 @@ pub struct BackendFacts {
     pub scrub_percent: Option<u8>,
     /// Damaged pieces found by scrub since the agent started.
     pub scrub_found: u64,
+    /// How long before this was said it was found; older programs do not say.
+    pub age_ms: Option<u64>,
 }
 
 /// One agent: replicated facts.

@@ -202,7 +202,8 @@ async fn a_removed_directory_is_told_and_its_shard_is_rebuilt_elsewhere() {
     let lost = shard(&node.store(2), &record, 2).await;
     assert!(lost.iter().all(Option::is_some));
     node.facts(2, |facts| {
-        facts.healthy && facts.pieces > 0 && facts.used_bytes > 0 && facts.free_bytes > 0
+        let filled = facts.pieces > 0 && facts.used_bytes > 0 && facts.free_bytes > 0;
+        facts.healthy && filled && facts.age_ms.is_some()
     })
     .await;
     std::fs::remove_dir_all(node.dir(2)).unwrap();

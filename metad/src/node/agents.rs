@@ -179,6 +179,23 @@ fn heartbeat(term: &mut Term, agent: AgentId, facts: Vec<BackendFacts>, now_ms: 
     changed || not_up
 }
 
+/// What agents said of their backends, and how old that is by now.
+pub(super) fn facts(term: &Term, now_ms: u64) -> Vec<BackendFacts> {
+    let aged = |facts: &BackendFacts| {
+        let said_ms = facts.age_ms?;
+        let heard_ms = term
+            .facts
+            .heard_ms(term.index.sites().backend(facts.backend)?.agent);
+        Some(said_ms.saturating_add(now_ms.saturating_sub(heard_ms)))
+    };
+    let all = term.facts.backends.values();
+    all.map(|facts| BackendFacts {
+        age_ms: aged(facts),
+        ..facts.clone()
+    })
+    .collect()
+}
+
 /// Begins scrub tours.
 pub(super) fn scrub(
     soft: &Soft,
@@ -213,4 +230,49 @@ pub(super) fn scrub(
         Err(MetadError::Invalid(text).into())
     });
     ordered.unwrap_or(Err(CallError::NotLeader { leader: None }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::index::Index;
+    use crate::state::tests::Twin;
+    use qsfs_zstor::id::BackendId;
+
+    #[test]
+    fn facts_grow_old_from_when_they_were_found() {
+        let twin = Twin::new();
+        let index = Index::build(&twin.state()).expect("a state");
+        let mut term = Term::new(index, 10_000);
+        let found = |backend: u64, age_ms| BackendFacts {
+            backend: BackendId(backend),
+            healthy: true,
+            age_ms,
+            ..BackendFacts::default()
+        };
+        // Backends 1 and 2 are the first agent's, 3 and 4 the second's, of an older program.
+        heartbeat(
+            &mut term,
+            AgentId(1),
+            vec![found(1, Some(30)), found(2, Some(0))],
+            10_100,
+        );
+        heartbeat(&mut term, AgentId(2), vec![found(3, None)], 10_200);
+        let ages = |term: &Term, now_ms| {
+            let facts = facts(term, now_ms).into_iter();
+            facts
+                .map(|facts| (facts.backend.0, facts.age_ms))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            ages(&term, 10_100),
+            [(1, Some(30)), (2, Some(0)), (3, None)]
+        );
+        assert_eq!(
+            ages(&term, 12_100),
+            [(1, Some(2_030)), (2, Some(2_000)), (3, None)]
+        );
+        heartbeat(&mut term, AgentId(1), vec![found(1, Some(5))], 12_100);
+        assert_eq!(ages(&term, 12_100)[0], (1, Some(5)));
+    }
 }

@@ -333,9 +333,8 @@ impl MetadService for Service {
     }
 
     async fn backend_facts(&self, _: &PeerIdentity) -> Result<Vec<BackendFacts>, CallError> {
-        let facts = self
-            .soft
-            .with(|term| term.facts.backends.values().cloned().collect());
+        let now_ms = self.consensus.now_ms();
+        let facts = self.soft.with(|term| agents::facts(term, now_ms));
         Ok(facts.unwrap_or_default())
     }
 

@@ -197,6 +197,7 @@ wire_struct!(BackendFacts {
     last_scrub_ms,
     scrub_percent,
     scrub_found,
+    age_ms,
 });
 wire_struct!(Agent { id, location, node });
 wire_struct!(Member {

@@ -246,6 +246,7 @@ arb_struct!(BackendFacts {
     last_scrub_ms,
     scrub_percent,
     scrub_found,
+    age_ms,
 });
 arb_struct!(Agent { id, location, node });
 arb_struct!(Member {
