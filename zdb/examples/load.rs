@@ -163,16 +163,18 @@ fn measure_syncs(dir: &Path, bytes: usize, depth: usize) {
     );
 }
 
-/// Blocks a second, appended one after the other with one fdatasync at the end. The file stays, as the server's files do.
-fn stream(dir: &Path, name: &str, blocks: usize, bytes: usize) -> f64 {
+/// Megabytes a second of large values, appended one after the other with one fdatasync for so many. The file stays, as the server's files do.
+fn stream(dir: &Path, name: &str, for_each: usize) -> f64 {
     let mut file = File::create(dir.join(name)).unwrap();
-    let block = vec![b'v'; bytes];
+    let block = vec![b'v'; LARGE];
     let began = Instant::now();
-    for _ in 0..blocks {
+    for number in 1..=TURN {
         file.write_all(&block).unwrap();
+        if number % for_each == 0 {
+            file.sync_data().unwrap();
+        }
     }
-    file.sync_data().unwrap();
-    blocks as f64 / began.elapsed().as_secs_f64()
+    megabytes(TURN as f64 / began.elapsed().as_secs_f64())
 }
 
 /// Requests a second: `more` says whether a connection goes on after so many requests, since when.
@@ -229,6 +231,44 @@ const LARGE: usize = 1 << 20;
 const TURN: usize = 48;
 const ROUNDS: usize = 7;
 
+fn megabytes(large: f64) -> f64 {
+    large * LARGE as f64 / 1e6
+}
+
+/// SETs of large values, in turns with the disk.
+fn all_large(address: &str, dir: &Path) {
+    let (mut disk, mut synced, mut turns) = (
+        Vec::new(),
+        Vec::new(),
+        [1, 4, 16].map(|depth| (depth, Vec::new(), Vec::new())),
+    );
+    for round in 0..ROUNDS {
+        for (depth, sets, ratios) in &mut turns {
+            let before = stream(dir, &format!("load-{round}-{depth}-before"), TURN);
+            let set = rate(address, load_of(true, LARGE, *depth, 1), 1, |sent, _| {
+                sent < TURN
+            });
+            let after = stream(dir, &format!("load-{round}-{depth}-after"), TURN);
+            disk.extend([before, after]);
+            sets.push(megabytes(set));
+            ratios.push(megabytes(set) / f64::midpoint(before, after));
+        }
+        synced.push(stream(dir, &format!("load-{round}-synced"), 1));
+    }
+    println!(
+        "the disk alone: {:.0} MB/s of 1 MiB appends, one fdatasync for {TURN}; {:.0} MB/s with one for each",
+        median(disk),
+        median(synced)
+    );
+    for (depth, sets, ratios) in turns {
+        println!(
+            "SET 1 MiB, {depth} under way: {:.0} MB/s, {:.2} of the disk",
+            median(sets),
+            median(ratios)
+        );
+    }
+}
+
 fn all(address: &str, dir: &Path, seconds: f64) {
     let time = Duration::from_secs_f64(seconds);
     let timed = |_: usize, began: Instant| began.elapsed() < time;
@@ -260,34 +300,7 @@ fn all(address: &str, dir: &Path, seconds: f64) {
             median(rates.collect())
         );
     }
-    let (mut disk, mut turns) = (
-        Vec::new(),
-        [1, 4, 16].map(|depth| (depth, Vec::new(), Vec::new())),
-    );
-    for round in 0..ROUNDS {
-        for (depth, sets, ratios) in &mut turns {
-            let before = stream(dir, &format!("load-{round}-{depth}-before"), TURN, LARGE);
-            let set = rate(address, load_of(true, LARGE, *depth, 1), 1, |sent, _| {
-                sent < TURN
-            });
-            let after = stream(dir, &format!("load-{round}-{depth}-after"), TURN, LARGE);
-            disk.extend([before, after]);
-            sets.push(set);
-            ratios.push(set / f64::midpoint(before, after));
-        }
-    }
-    let megabytes = |rate: f64| rate * LARGE as f64 / 1e6;
-    println!(
-        "the disk alone: {:.0} MB/s of 1 MiB appends, one fdatasync for {TURN}",
-        megabytes(median(disk))
-    );
-    for (depth, sets, ratios) in turns {
-        println!(
-            "SET 1 MiB, {depth} under way: {:.0} MB/s, {:.2} of the disk",
-            megabytes(median(sets)),
-            median(ratios)
-        );
-    }
+    all_large(address, dir);
     let gets = (0..3).map(|_| rate(address, load_of(false, LARGE, 16, 1), 1, timed));
     println!(
         "GET 1 MiB, 16 under way: {:.0} MB/s",

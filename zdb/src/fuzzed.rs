@@ -11,6 +11,8 @@ pub mod datafile;
 pub mod engine;
 pub mod media;
 
+#[path = "server/buffers.rs"]
+mod buffers;
 #[path = "server/cursor.rs"]
 mod cursor;
 #[path = "server/parser.rs"]

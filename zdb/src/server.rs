@@ -14,6 +14,7 @@
 //!
 //! Source: the protocol as probed on 0-db 2.0.8.
 
+mod buffers;
 mod command;
 mod connection;
 mod counters;

@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
-/// Operations and bytes of one commit.
+/// Operations and bytes of one commit. Few bytes, so that of large values some reach the disk while others are appended: one sync serves
+/// many commits all the same.
 const BATCH_OPERATIONS_MAX: usize = 4096;
-const BATCH_BYTES_MAX: usize = 4 << 20;
+const BATCH_BYTES_MAX: usize = 1 << 20;
 
 /// So many commits in a row without company make a client one that is alone.
 const ALONE_COMMITS: u32 = 8;

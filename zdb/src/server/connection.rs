@@ -1,5 +1,6 @@
 //! One connection: the reader parses and decides, the [`super::writer`] answers in order; both are one task.
 
+use super::buffers;
 use super::command::Command;
 use super::lookout::{LookOut, Source, Watched};
 use super::pace::is_too_slow;
@@ -229,12 +230,16 @@ impl<R: Source> Reader<R> {
         if announced > READ_BYTES_MAX && arrived >= READ_BYTES_FIRST {
             self.make_room(announced).await?;
         }
-        // Exactly what a large value needs, so that it has its buffer for itself and is never moved.
-        let room = match self.arrival {
-            Some(_) if wanted > READ_BYTES_MAX => wanted,
-            _ => self.read_bytes,
-        };
-        self.buffer.reserve(room);
+        if self.arrival.is_some() && wanted > READ_BYTES_MAX {
+            // Exactly what a large value needs, so that it has its buffer for itself and is never moved.
+            if self.buffer.capacity() - self.buffer.len() < wanted {
+                let mut whole = buffers::take(self.buffer.len() + wanted);
+                whole.extend_from_slice(&self.buffer);
+                self.buffer = whole;
+            }
+        } else {
+            self.buffer.reserve(self.read_bytes);
+        }
         let count = self.receive().await?;
         self.server.counters.received_bytes.add(count);
         if count >= self.read_bytes {

@@ -1,5 +1,6 @@
 //! Requests out of bytes: arrays of bulk strings, limits first.
 
+use super::buffers;
 use bytes::{Buf, Bytes, BytesMut};
 
 /// Arguments of a request, the command included.
@@ -111,7 +112,7 @@ impl Parser {
         if buffer.len() < length + 2 {
             return Ok(false);
         }
-        self.arguments.push(buffer.split_to(length).freeze());
+        self.arguments.push(buffers::whole(buffer.split_to(length)));
         // As the original does, without looking at the two bytes.
         buffer.advance(2);
         self.bulk = None;
