@@ -13,6 +13,7 @@
 
 use super::plan::Fault;
 use anyhow::{Context as _, bail};
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sched::{CloneFlags, setns};
 use nix::sys::signal::Signal;
 use std::fs::{self, File};
@@ -24,8 +25,8 @@ use std::time::{Duration, Instant};
 
 /// Most nodes at once.
 pub const NODES_MAX: usize = 5;
-/// Bytes of a node's disk, in MiB.
-const DISK_MIB: u32 = 256;
+/// Bytes of a node's disk, in MiB: more than what a node uses and the 256 MiB below which it says that its disk is nearly full.
+const DISK_MIB: u32 = 768;
 /// For a node to say where its cluster file is, and for any command.
 const PATIENCE: Duration = Duration::from_secs(60);
 const PORT: u16 = 7400;
@@ -386,6 +387,12 @@ impl Arena {
             .create(true)
             .append(true)
             .open(self.disk_of(number).join("ballast"))?;
+        // Most of it without writing it: on a real disk that would take a while.
+        const PART: i64 = 1 << 20;
+        let mut end = i64::try_from(ballast.metadata()?.len())?;
+        while fallocate(&ballast, FallocateFlags::empty(), end, PART).is_ok() {
+            end += PART;
+        }
         for size in [1 << 20, 4096, 1] {
             let block = vec![0u8; size];
             while ballast.write_all(&block).is_ok() {}

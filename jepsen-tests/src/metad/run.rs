@@ -308,9 +308,13 @@ impl Run {
             running.retain(|number| *number != of);
         }
         for (fault, of) in &hit {
-            self.inflict(*fault, *of)?;
+            self.inflict(*fault, *of, hit.len() == 1)?;
         }
-        if let [(Fault::FullDisk(_), _)] = hit[..] {
+        let full = match hit[..] {
+            [(Fault::FullDisk(_), of)] => Some(of),
+            _ => None,
+        };
+        if full.is_some() {
             // The others go on without it.
             self.until_written()?;
         }
@@ -330,6 +334,9 @@ impl Run {
             ended_ns,
             healed_ns,
         });
+        if let Some(of) = full {
+            self.until_not_told(of)?;
+        }
         self.complain_of_the_dead()?;
         std::thread::sleep(step.pause);
         Ok(())
@@ -396,7 +403,7 @@ impl Run {
         Ok(among[self.rng.random_range(0..among.len())])
     }
 
-    fn inflict(&mut self, fault: Fault, of: usize) -> anyhow::Result<()> {
+    fn inflict(&mut self, fault: Fault, of: usize, alone: bool) -> anyhow::Result<()> {
         let others: Vec<usize> = self
             .arena
             .expected()
@@ -416,7 +423,7 @@ impl Run {
                 self.arena.pause(of);
                 Ok(())
             }
-            Fault::FullDisk(_) => self.fill(of),
+            Fault::FullDisk(_) => self.fill(of, alone),
             Fault::FiveVoters => self.grow(),
             Fault::Replace => self.replace(of),
             _ => Ok(()),
