@@ -25,7 +25,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Bytes of rows kept in memory before they are moved, see `ROW_OVERHEAD`.
-pub const RECENT_BYTES_MAX: usize = 16 << 20;
+pub const RECENT_BYTES_MAX: usize = 8 << 20;
 
 /// So many times that, and whoever commits has to wait for a move.
 pub const RECENT_TIMES_MAX: usize = 3;
