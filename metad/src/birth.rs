@@ -164,8 +164,8 @@ pub async fn join(options: JoinOptions) -> Result<Joined, NodeError> {
     Ok(Joined { id })
 }
 
-/// Runs the metad of a data directory until `shutdown`. After [`NodeError::Full`] there is room again unless `shutdown` came: whoever
-/// started it should do so once more, in a new process.
+/// Runs the metad of a data directory until `shutdown`. After [`NodeError::Full`] there is room again unless `shutdown` came, and after
+/// [`NodeError::Rotten`] the next start mends: whoever started it should do so once more, in a new process.
 pub async fn serve(options: ServeOptions, shutdown: CancellationToken) -> Result<(), NodeError> {
     node::run(DataDir::lock(&options.data)?, None, shutdown).await
 }

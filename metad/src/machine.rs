@@ -263,6 +263,11 @@ impl Machine {
         &self.shared.ground
     }
 
+    /// What of the state is not as it was written, once that was met: the next start makes it again.
+    pub fn rot(&self) -> Option<String> {
+        self.shared.current.read().kv.rot()
+    }
+
     /// What Raft knows of the state.
     pub fn raft_row(&self) -> RaftRow {
         self.shared.current.read().raft.clone()

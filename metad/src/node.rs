@@ -174,6 +174,17 @@ pub enum NodeError {
     /// Raft stopped.
     #[error("raft stopped: {0}")]
     Raft(String),
+    /// The state rotted while the node ran.
+    #[error(
+        "the state in {path} is not as it was written ({reason}): this metad begins anew (`qsfs metad serve` by itself) and makes it again \
+         from its snapshot and its log, or from its peers", path = path.display()
+    )]
+    Rotten {
+        /// Data directory.
+        path: PathBuf,
+        /// What was met.
+        reason: String,
+    },
     /// No room for what must be durable.
     #[error(
         "the disk of {path} is full ({reason}): make room on it; this metad then begins anew (`qsfs metad serve` by itself) and catches up, \
@@ -426,6 +437,12 @@ async fn run_on(
     if let Err(error) = core.raft.shutdown().await {
         tracing::warn!(%error, "raft did not stop cleanly");
     }
+    if let Some(reason) = core.machine.rot() {
+        let path = dir.path().to_owned();
+        let rotten = NodeError::Rotten { path, reason };
+        tracing::error!(error = %rotten, "this metad stops");
+        return Err(rotten);
+    }
     let machine = core.machine.clone();
     let flushed = tokio::task::spawn_blocking(move || machine.flush()).await;
     if let Ok(Err(error)) = flushed {
@@ -563,6 +580,17 @@ pub(crate) async fn stopped(core: &Core) -> String {
     tokio::select! {
         reason = raft_stopped(&core.raft) => reason,
         reason = core.log.watermark().failure() => LogError::NotDurable(reason).to_string(),
+        reason = rotten(&core.machine) => reason,
+    }
+}
+
+/// Returns when a read met rot: what was not read yet may be no better, so nothing more is answered from it.
+async fn rotten(machine: &Machine) -> String {
+    loop {
+        if let Some(reason) = machine.rot() {
+            return reason;
+        }
+        tokio::time::sleep(STOPPED_LOOK).await;
     }
 }
 

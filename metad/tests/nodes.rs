@@ -8,6 +8,8 @@ mod bounded;
 mod faulty;
 #[path = "nodes/installed.rs"]
 mod installed;
+#[path = "nodes/rotten.rs"]
+mod rotten;
 #[path = "nodes/upgraded.rs"]
 mod upgraded;
 

@@ -178,7 +178,9 @@ async fn serve(data: PathBuf) -> anyhow::Result<()> {
     let options = ServeOptions { data: data.clone() };
     let ended = qsfs_metad::serve(options, shutdown.clone()).await;
     match ended {
-        Err(NodeError::Full { .. }) if !shutdown.is_cancelled() => Err(begin_anew(&data)),
+        Err(NodeError::Full { .. } | NodeError::Rotten { .. }) if !shutdown.is_cancelled() => {
+            Err(begin_anew(&data))
+        }
         ended => Ok(ended?),
     }
 }

@@ -113,13 +113,24 @@ pub fn encode(rows: &[Pair]) -> Vec<Pair> {
     blocks
 }
 
-/// All rows of a block, verified.
-pub fn decode(block: &[u8]) -> Result<Vec<Pair>, KvError> {
+/// The rows of a block as bytes, which are those that were written.
+fn verified(block: &[u8]) -> Result<&[u8], KvError> {
     let mut rest = block;
     let crc = take(&mut rest, 4)?;
     if crc != crc32fast::hash(rest).to_le_bytes() {
         return Err(damaged("does not verify"));
     }
+    Ok(rest)
+}
+
+/// A block is as it was written. For whoever reads single rows of it.
+pub fn verify(block: &[u8]) -> Result<(), KvError> {
+    verified(block).map(drop)
+}
+
+/// All rows of a block, verified.
+pub fn decode(block: &[u8]) -> Result<Vec<Pair>, KvError> {
+    let mut rest = verified(block)?;
     let mut rows: Vec<Pair> = Vec::new();
     while !rest.is_empty() {
         let shared = take_varint(&mut rest)?;
@@ -139,11 +150,7 @@ pub fn decode(block: &[u8]) -> Result<Vec<Pair>, KvError> {
 
 /// Verifies a block without taking it apart: its first key is `first`, and its last one below `below`.
 pub fn check(block: &[u8], first: &[u8], below: Option<&[u8]>) -> Result<(), KvError> {
-    let mut rest = block;
-    let crc = take(&mut rest, 4)?;
-    if crc != crc32fast::hash(rest).to_le_bytes() {
-        return Err(damaged("does not verify"));
-    }
+    let mut rest = verified(block)?;
     let mut key = RowKey::new();
     let mut rows = 0;
     while !rest.is_empty() {
@@ -268,6 +275,7 @@ mod tests {
             let blocks = encode(&pairs);
             let mut read = Vec::new();
             for (first, block) in &blocks {
+                verify(block).unwrap();
                 let held = decode(block).unwrap();
                 prop_assert_eq!(&held[0].0, first);
                 prop_assert!(held.len() <= BLOCK_ROWS);
@@ -295,6 +303,7 @@ mod tests {
             let at = at.index(block.len());
             block[at] ^= 1 << bit;
             prop_assert!(decode(&block).is_err());
+            prop_assert!(verify(&block).is_err());
         }
     }
 

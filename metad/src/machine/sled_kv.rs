@@ -58,6 +58,15 @@ struct SledStore {
 }
 
 impl SledStore {
+    /// sled answers some damage with a panic.
+    fn reading<T>(&self, read: impl FnOnce() -> Result<T, KvError>) -> Result<T, KvError> {
+        let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
+        read.unwrap_or_else(|_| {
+            let text = format!("{} cannot be read", self.path.display());
+            Err(KvError::Damaged(text))
+        })
+    }
+
     /// Pages that outgrow sled's file. There are none as long as rows are of the size they are; but if, they count as well.
     fn sync_large_pages(&self) -> std::io::Result<()> {
         let dir = self.path.join("blobs");
@@ -78,16 +87,18 @@ impl SledStore {
 
 impl Store for SledStore {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError> {
-        Ok(self.db.get(key)?.map(|value| value.to_vec()))
+        self.reading(|| Ok(self.db.get(key)?.map(|value| value.to_vec())))
     }
 
     fn range(&self, from: &[u8], until: &[u8], max: usize) -> Result<Vec<Pair>, KvError> {
-        let mut pairs = Vec::new();
-        for pair in self.db.range(from..until).take(max) {
-            let (key, value) = pair?;
-            pairs.push((RowKey::from_slice(&key), value.to_vec()));
-        }
-        Ok(pairs)
+        self.reading(|| {
+            let mut pairs = Vec::new();
+            for pair in self.db.range(from..until).take(max) {
+                let (key, value) = pair?;
+                pairs.push((RowKey::from_slice(&key), value.to_vec()));
+            }
+            Ok(pairs)
+        })
     }
 
     fn write(&self, batch: &Batch) -> Result<(), KvError> {
@@ -108,17 +119,8 @@ impl Store for SledStore {
     }
 
     fn verify(&self) -> Result<(), KvError> {
-        let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            self.db.iter().try_for_each(|row| row.map(drop))
-        }));
-        // sled answers some damage with a panic.
-        Ok(read.unwrap_or_else(|_| Err(damaged(&self.path)))?)
+        self.reading(|| Ok(self.db.iter().try_for_each(|row| row.map(drop))?))
     }
-}
-
-fn damaged(path: &Path) -> sled::Error {
-    let text = format!("{} is damaged", path.display());
-    sled::Error::Io(std::io::Error::other(text))
 }
 
 /// A sled that was just dropped keeps its file lock until its threads have ended.

@@ -54,6 +54,16 @@ pub enum KvError {
     },
 }
 
+impl KvError {
+    /// What was written is not there as it was written.
+    pub fn is_rot(&self) -> bool {
+        matches!(
+            self,
+            Self::Damaged(_) | Self::Store(sled::Error::Corruption { .. })
+        )
+    }
+}
+
 /// What `apply` reads.
 pub trait Kv {
     /// Shows the value of a key, if there is one; says whether there is.

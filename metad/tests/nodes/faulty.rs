@@ -2,7 +2,7 @@
 
 use parking_lot::Mutex;
 use qsfs_metad::ground::{Store, Stores};
-use qsfs_metad::state::kv::{Batch, KvError, Pair};
+use qsfs_metad::state::kv::{Batch, KvError, Pair, RowKey};
 use qsfs_zdb::media::{Identity, Media, MediaFile, MediaLock, OpenMode, Space};
 use std::io;
 use std::path::Path;
@@ -19,6 +19,8 @@ struct Mood {
     dead: bool,
     /// What is received is harmed as it is synced.
     harmed: u32,
+    /// The next page of rows that is read has rotted.
+    rots: bool,
 }
 
 /// What to do. Clones share it.
@@ -29,6 +31,11 @@ impl Switch {
     /// The next so many received snapshots do not hold what was sent.
     pub(super) fn harm(&self, times: u32) {
         self.0.lock().harm = times;
+    }
+
+    /// The next page of rows that is read is not as it was written, from then on.
+    pub(super) fn rot(&self) {
+        self.0.lock().rots = true;
     }
 
     pub(super) fn harmed(&self) -> u32 {
@@ -193,7 +200,16 @@ struct FaultyStore {
 
 impl Store for FaultyStore {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError> {
-        self.below.get(key)
+        let Some(mut page) = self.below.get(key)? else {
+            return Ok(None);
+        };
+        if key.first() == Some(&b'p') && std::mem::take(&mut self.switch.0.lock().rots) {
+            let middle = page.len() / 2;
+            page[middle] ^= 0x10;
+            let rotten = (RowKey::from_slice(key), Some(page.clone()));
+            self.below.write(&[rotten].into())?;
+        }
+        Ok(Some(page))
     }
     fn range(&self, from: &[u8], until: &[u8], max: usize) -> Result<Vec<Pair>, KvError> {
         self.below.range(from, until, max)
