@@ -66,6 +66,12 @@ impl Watching {
         self.trouble.borrow().clone()
     }
 
+    /// Every trouble as it comes: who asks now and then may miss one that is soon over.
+    #[cfg(test)]
+    pub(crate) fn troubles(&self) -> watch::Receiver<Option<String>> {
+        self.trouble.clone()
+    }
+
     /// The next event; an error is the last. Waits without a deadline, but while nodes can be reached something comes at least every few
     /// seconds. Nothing is lost when the wait is given up.
     pub async fn next(&mut self) -> Option<Result<WatchEvent, MetadError>> {

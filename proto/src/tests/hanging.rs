@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
 /// Of one call, whatever happens.
 const CALL: Duration = Duration::from_millis(1_500);
@@ -295,14 +295,15 @@ async fn a_watch_through_a_peer_that_falls_silent_says_so_and_goes_on_elsewhere(
             let (address, proxy) = stalling_proxy(server.clone(), bytes).await;
             // Alone: nothing comes any more, and the watch says from whom and why.
             let mut alone = client(&address, &admin).watch(WatchRequest::everything(Some(0)));
+            let mut troubles = alone.troubles();
             let trouble = timeout(HUNG, async {
                 loop {
                     tokio::select! {
+                        biased;
+                        told = troubles.wait_for(Option::is_some) => {
+                            return told.expect("it goes on trying").clone().unwrap_or_default();
+                        }
                         event = alone.next() => assert!(event.is_some_and(|event| event.is_ok())),
-                        () = sleep(Duration::from_millis(20)) => {}
-                    }
-                    if let Some(trouble) = alone.trouble() {
-                        return trouble;
                     }
                 }
             });
