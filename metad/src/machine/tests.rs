@@ -8,16 +8,16 @@ use super::{Machine, snapshot};
 use crate::ground::{Ground, Store, Stores};
 use crate::log::storage::LogStore;
 use crate::raft::{LogEntry, LogId, StorageError, TypeConfig};
-use crate::state::command::{Command, Entry, Genesis, MemberRow};
+use crate::state::command::{Command, Entry};
 use crate::state::kv::{Batch, Kv, KvError, MemoryKv, Pair, RowKey};
+use crate::state::tests::genesis;
 use openraft::storage::RaftStateMachine;
 use openraft::testing::{StoreBuilder, Suite};
 use openraft::{CommittedLeaderId, EntryPayload};
 use parking_lot::Mutex;
 use proptest::prelude::*;
-use qsfs_proto::api::{ClusterSettings, Mutation, Role};
+use qsfs_proto::api::{Mutation, Role};
 use qsfs_zdb::media::DiskMedia;
-use qsfs_zstor::id::{ClusterId, MetadId};
 use std::sync::Arc;
 
 struct Builder;
@@ -45,22 +45,6 @@ fn entry(index: u64, command: Command) -> LogEntry {
         log_id: log_id(index),
         payload: EntryPayload::Normal(Entry::internal(1_000 + index, command).into()),
     }
-}
-
-fn genesis() -> Command {
-    Command::Initialize(Genesis {
-        cluster: ClusterId::from_bytes([1; 16]),
-        ca_pem: "ca".into(),
-        settings: ClusterSettings::default(),
-        member: MemberRow {
-            id: MetadId(1),
-            name: "m1".parse().unwrap(),
-            location: "loc1".parse().unwrap(),
-            address: "a:1".into(),
-            removed: false,
-        },
-        tokens: vec![],
-    })
 }
 
 fn token(number: u64) -> Command {

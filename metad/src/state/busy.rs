@@ -8,6 +8,7 @@ use super::backends::BackendLoad;
 use super::kv::{Kv, KvError, RowKey};
 use super::row::{Key, Table, encode};
 use super::sessions::Session;
+use super::settings::single;
 use super::volumes::VolumeTotals;
 use super::{State, Was};
 use qsfs_zstor::id::{BackendId, ClientId, VolumeId};
@@ -32,17 +33,16 @@ pub(super) enum Name {
 
 impl Name {
     pub(super) fn key(self) -> RowKey {
-        let single = |name: &str| Key::of(Table::Single).bytes(name.as_bytes());
-        let key = match self {
+        match self {
             Self::Time => single("time"),
             Self::Sweep => single("sweep"),
-            Self::Load(id) => Key::of(Table::BackendLoad).number(id.0),
-            Self::Totals(id) => Key::of(Table::VolumeTotals).bytes(id.as_bytes()),
+            Self::Load(id) => Key::of(Table::BackendLoad).number(id.0).done(),
+            Self::Totals(id) => Key::of(Table::VolumeTotals).bytes(id.as_bytes()).done(),
             Self::Session(client, session) => Key::of(Table::Session)
                 .bytes(client.as_bytes())
-                .number(session),
-        };
-        key.done()
+                .number(session)
+                .done(),
+        }
     }
 }
 

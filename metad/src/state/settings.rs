@@ -43,7 +43,8 @@ impl Default for Counters {
     }
 }
 
-fn single(name: &str) -> RowKey {
+/// The key of a row of which there is one.
+pub(super) fn single(name: &str) -> RowKey {
     Key::of(Table::Single).bytes(name.as_bytes()).done()
 }
 

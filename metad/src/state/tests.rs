@@ -71,6 +71,23 @@ pub(crate) fn request(number: u8, sequence: u64) -> Request {
     }
 }
 
+/// What a cluster begins with.
+pub(crate) fn genesis() -> Command {
+    Command::Initialize(Genesis {
+        cluster: ClusterId::from_bytes([1; 16]),
+        ca_pem: "ca".into(),
+        settings: ClusterSettings::default(),
+        member: MemberRow {
+            id: MetadId(1),
+            name: "m1".parse().unwrap(),
+            location: "loc1".parse().unwrap(),
+            address: "a:1".into(),
+            removed: false,
+        },
+        tokens: vec![],
+    })
+}
+
 impl Twin {
     /// A cluster with one agent per location and two backends each, ids 1..=4, and a volume at 2+2.
     pub(crate) fn new() -> Self {
@@ -80,21 +97,7 @@ impl Twin {
             sequence: 0,
             log: Vec::new(),
         };
-        let settings = ClusterSettings::default();
-        let genesis = Genesis {
-            cluster: ClusterId::from_bytes([1; 16]),
-            ca_pem: "ca".into(),
-            settings,
-            member: MemberRow {
-                id: MetadId(1),
-                name: "m1".parse().unwrap(),
-                location: "loc1".parse().unwrap(),
-                address: "a:1".into(),
-                removed: false,
-            },
-            tokens: vec![],
-        };
-        twin.internal(Command::Initialize(genesis)).unwrap();
+        twin.internal(genesis()).unwrap();
         for location in ["loc1", "loc2"] {
             let agent = twin.register_agent(location, "n1");
             for namespace in ["a", "b"] {

@@ -4,32 +4,17 @@
 use super::*;
 use crate::node::freshness::Fresh;
 use crate::raft::{LogEntry, LogId};
-use crate::state::command::{Command, Entry, Genesis, MemberRow};
+use crate::state::command::{Command, Entry};
+use crate::state::tests::genesis;
 use openraft::{CommittedLeaderId, EntryPayload};
 use qsfs_proto::api::{BackendAddress, ClusterSettings, Mutation};
-use qsfs_zstor::id::{AgentId, ClusterId, MetadId};
+use qsfs_zstor::id::AgentId;
 
 fn entry(index: u64, command: Command) -> LogEntry {
     LogEntry {
         log_id: LogId::new(CommittedLeaderId::new(1, 1), index),
         payload: EntryPayload::Normal(Entry::internal(1_000 + index, command).into()),
     }
-}
-
-fn genesis() -> Command {
-    Command::Initialize(Genesis {
-        cluster: ClusterId::from_bytes([1; 16]),
-        ca_pem: "ca".into(),
-        settings: ClusterSettings::default(),
-        member: MemberRow {
-            id: MetadId(1),
-            name: "m1".parse().unwrap(),
-            location: "loc1".parse().unwrap(),
-            address: "a:1".into(),
-            removed: false,
-        },
-        tokens: vec![],
-    })
 }
 
 fn agent() -> Command {

@@ -6,15 +6,13 @@ use crate::ground::{Ground, Job, Work, WorkLost};
 use crate::machine::Machine;
 use crate::plan::index::PAGE;
 use crate::raft::{LogEntry, LogId};
-use crate::state::command::{Command, Entry, Genesis, MemberRow};
+use crate::state::command::{Command, Entry};
 use crate::state::records::COMMIT_RECORDS_MAX;
-use crate::state::tests::{VOLUME, client, policy, record};
+use crate::state::tests::{VOLUME, client, genesis, policy, record};
 use futures::future::BoxFuture;
 use openraft::{CommittedLeaderId, EntryPayload};
-use qsfs_proto::api::{
-    BackendAddress, ClusterSettings, Mutation, ShardReport, Verdict, VolumeSettings,
-};
-use qsfs_zstor::id::{AgentId, BackendId, ClusterId, DatafileId, Epoch, KeyId, MetadId, Stream};
+use qsfs_proto::api::{BackendAddress, Mutation, ShardReport, Verdict, VolumeSettings};
+use qsfs_zstor::id::{AgentId, BackendId, DatafileId, Epoch, KeyId, Stream};
 use qsfs_zstor::record::ShardState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,22 +23,6 @@ use tokio::time::{Instant, timeout};
 const DEADLINE: Duration = Duration::from_secs(60);
 /// More than a walk takes in one step.
 const RECORDS: u64 = PAGE as u64 * 2 + 10;
-
-fn genesis() -> Command {
-    Command::Initialize(Genesis {
-        cluster: ClusterId::from_bytes([1; 16]),
-        ca_pem: "ca".into(),
-        settings: ClusterSettings::default(),
-        member: MemberRow {
-            id: MetadId(1),
-            name: "m1".parse().unwrap(),
-            location: "loc1".parse().unwrap(),
-            address: "a:1".into(),
-            removed: false,
-        },
-        tokens: vec![],
-    })
-}
 
 /// Two locations of two backends, a volume at 2+2 that survives a location, and its records on all four.
 fn filled() -> Vec<Command> {
