@@ -8,8 +8,27 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Seeds of every run, the ones that once found something among them.
-const FIXED: [u64; 19] = [
-    1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 21, 37, 107, 115, 134, 148, 160,
+const FIXED: [u64; 20] = [
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+    11,
+    12,
+    21,
+    37,
+    107,
+    115,
+    134,
+    148,
+    160,
+    795_591_327_035,
 ];
 /// Fresh seeds are begun for so long, unless `QSFS_SIM_SECONDS` says otherwise.
 const FRESH: Duration = Duration::from_secs(20);

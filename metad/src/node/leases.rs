@@ -3,7 +3,8 @@
 //!
 //! The state refuses to give a living lease away, by log time. Log time comes from the leaders' clocks, and these differ: right after a
 //! change of leader a lease may seem to have ended that was renewed a moment ago. So before a lease is taken from somebody (or
-//! its volume deleted) the leader asks its own steady clock, which nobody sets. A takeover asks nobody.
+//! its volume deleted) the leader asks its own steady clock, which nobody sets, once it has applied all that was granted before: a new leader
+//! may be behind. A takeover asks nobody.
 
 use qsfs_proto::api::{MetadError, Mutation, Volume};
 use qsfs_zstor::id::VolumeId;

@@ -146,10 +146,12 @@ impl Service {
     }
 
     /// What the state cannot know of a lease that is to be taken from its holder: how long this leader has waited ([`leases`]).
-    fn check_lease(&self, mutation: &Mutation, request: &Request) -> Result<(), CallError> {
+    async fn check_lease(&self, mutation: &Mutation, request: &Request) -> Result<(), CallError> {
         let Some(id) = leases::takes(mutation) else {
             return Ok(());
         };
+        // Whose the lease is must be known as it is now: a new leader may not have applied yet what the one before granted.
+        self.consensus.barrier().await?;
         let found = self.read(|state| {
             // A retry is answered as the first time, whoever holds the lease by now.
             if state.has_answered(request)? {
@@ -231,7 +233,7 @@ impl MetadService for Service {
             sequence: id.sequence,
             oldest_pending: id.oldest_pending,
         };
-        self.check_lease(&mutation, &request)?;
+        self.check_lease(&mutation, &request).await?;
         let (asked, prolongs) = (Instant::now(), leases::prolongs(&mutation));
         let command = Command::Mutation(mutation);
         let proposed = self.consensus.propose(command, Some(request)).await;
