@@ -1,7 +1,8 @@
 //! How much a 0-db that is running takes: `cargo run --release -p qsfs-zdb --example load -- ADDRESS set|get [BYTES [DEPTH [CONNECTIONS [SECONDS]]]]`,
 //! and how fast a disk syncs: `... load -- DIR fsync [BYTES [DEPTH]]` (writes of BYTES, one fdatasync for DEPTH of them).
 //!
-//! `... load -- ADDRESS all DIR [SECONDS]`: all of it in one run, in turns with what the disk of DIR does alone, with the ratios; `... load --
+//! `... load -- ADDRESS all DIR [SECONDS]`: all of it in one run, in turns with what the disk of DIR does alone, with the ratios; `large` instead
+//! of `all`: SETs of 1 MiB alone. `... load --
 //! ADDRESS compact [ROUNDS]`: what a SET waits for while there is nothing to compact and while there is (serve with `--datasize 16MiB`).
 //!
 //! `... load -- DIR serve [ADDRESS [MIB]]` serves DIR, at 127.0.0.1:9911 with datafiles of 256 MiB, until it is killed, where `qsfs zdb serve` is not built.
@@ -36,6 +37,8 @@ struct Load {
     set: bool,
     bytes: usize,
     depth: usize,
+    /// The number of the first key.
+    first: usize,
     keys: usize,
 }
 
@@ -47,7 +50,7 @@ fn push_head(
     number: usize,
     value: &mut [u8],
 ) {
-    let key = format!("{connection:04}-{:09}", number % load.keys);
+    let key = format!("{connection:04}-{:09}", load.first + number % load.keys);
     let command = if load.set {
         "*3\r\n$3\r\nSET"
     } else {
@@ -216,6 +219,7 @@ fn load_of(set: bool, bytes: usize, depth: usize, connections: usize) -> Load {
         set,
         bytes,
         depth,
+        first: 0,
         keys: keys.div_ceil(connections),
     }
 }
@@ -243,11 +247,16 @@ fn all_large(address: &str, dir: &Path) {
         [1, 4, 16].map(|depth| (depth, Vec::new(), Vec::new())),
     );
     for round in 0..ROUNDS {
-        for (depth, sets, ratios) in &mut turns {
+        for (number, (depth, sets, ratios)) in turns.iter_mut().enumerate() {
+            let first = (round * 3 + number) * TURN;
             let before = stream(dir, &format!("load-{round}-{depth}-before"), TURN);
-            let set = rate(address, load_of(true, LARGE, *depth, 1), 1, |sent, _| {
-                sent < TURN
-            });
+            // New keys: what is measured is writing, not that and compacting what was overwritten.
+            let load = Load {
+                first,
+                keys: usize::MAX,
+                ..load_of(true, LARGE, *depth, 1)
+            };
+            let set = rate(address, load, 1, |sent, _| sent < TURN);
             let after = stream(dir, &format!("load-{round}-{depth}-after"), TURN);
             disk.extend([before, after]);
             sets.push(megabytes(set));
@@ -314,6 +323,7 @@ fn latencies(address: &str, keys: std::ops::Range<usize>, keys_in_all: usize) ->
         set: true,
         bytes: SMALL,
         depth: 1,
+        first: 0,
         keys: keys_in_all,
     };
     let mut client = Client::connect(address, load, 0);
@@ -388,7 +398,7 @@ fn main() {
             .map_or(default, |text| text.parse().unwrap())
     };
     let (Some(place), Some(what)) = (arguments.first(), arguments.get(1)) else {
-        panic!("say where and what: ADDRESS set|get|all|compact, or DIR fsync|serve");
+        panic!("say where and what: ADDRESS set|get|all|large|compact, or DIR fsync|serve");
     };
     if what == "serve" {
         let address = arguments.get(2).map_or("127.0.0.1:9911", String::as_str);
@@ -399,6 +409,12 @@ fn main() {
             .get(2)
             .expect("say which directory's disk is compared");
         return all(place, Path::new(dir), number(3, 1) as f64);
+    }
+    if what == "large" {
+        let dir = arguments
+            .get(2)
+            .expect("say which directory's disk is compared");
+        return all_large(place, Path::new(dir));
     }
     if what == "compact" {
         return compact(place, number(2, 7));
