@@ -234,6 +234,8 @@ const LARGE: usize = 1 << 20;
 /// Large values of one turn: a disk changes its mind within seconds.
 const TURN: usize = 48;
 const ROUNDS: usize = 7;
+/// Where the keys of large values begin, anew in every run: what is measured is writing, not that and compacting what was overwritten.
+const FRESH_KEYS: std::ops::Range<usize> = 10_000_000..900_000_000;
 
 fn megabytes(large: f64) -> f64 {
     large * LARGE as f64 / 1e6
@@ -246,17 +248,17 @@ fn all_large(address: &str, dir: &Path) {
         Vec::new(),
         [1, 4, 16].map(|depth| (depth, Vec::new(), Vec::new())),
     );
+    let mut first = rand::random_range(FRESH_KEYS);
     for round in 0..ROUNDS {
-        for (number, (depth, sets, ratios)) in turns.iter_mut().enumerate() {
-            let first = (round * 3 + number) * TURN;
+        for (depth, sets, ratios) in &mut turns {
             let before = stream(dir, &format!("load-{round}-{depth}-before"), TURN);
-            // New keys: what is measured is writing, not that and compacting what was overwritten.
             let load = Load {
                 first,
                 keys: usize::MAX,
                 ..load_of(true, LARGE, *depth, 1)
             };
             let set = rate(address, load, 1, |sent, _| sent < TURN);
+            first += TURN;
             let after = stream(dir, &format!("load-{round}-{depth}-after"), TURN);
             disk.extend([before, after]);
             sets.push(megabytes(set));
@@ -404,16 +406,13 @@ fn main() {
         let address = arguments.get(2).map_or("127.0.0.1:9911", String::as_str);
         return serve(Path::new(place), address, number(3, 256) as u64);
     }
-    if what == "all" {
+    if matches!(what.as_str(), "all" | "large") {
         let dir = arguments
             .get(2)
             .expect("say which directory's disk is compared");
-        return all(place, Path::new(dir), number(3, 1) as f64);
-    }
-    if what == "large" {
-        let dir = arguments
-            .get(2)
-            .expect("say which directory's disk is compared");
+        if what == "all" {
+            return all(place, Path::new(dir), number(3, 1) as f64);
+        }
         return all_large(place, Path::new(dir));
     }
     if what == "compact" {
