@@ -200,7 +200,7 @@ impl Nemesis {
             Fault::HealDisks => {
                 for slot in nodes.iter_mut() {
                     slot.speed.heal();
-                    slot.media.inject(DiskFault::Unlimited);
+                    slot.media.inject(DiskFault::Healthy);
                 }
             }
             Fault::Rot(_) | Fault::RotAtRest(..) => {

@@ -181,6 +181,19 @@ fn a_failed_sync_stops_the_file() {
     ));
 }
 
+/// A fault that was to come must not outlive the end of all faults: a simulated node that was down meanwhile would meet it when it starts.
+#[test]
+fn a_healthy_disk_fails_no_sync_that_was_to_fail() {
+    let (sim, media) = sim();
+    let mut datafile = Datafile::create(&media, path(), HEADER).unwrap();
+    sim.inject(Fault::FailSync(0));
+    sim.inject(Fault::CrashAfter(0));
+    sim.inject(Fault::Healthy);
+    datafile.append(1, &[b"x"]).unwrap();
+    datafile.sync().unwrap();
+    assert!(!sim.crashed());
+}
+
 #[test]
 fn a_full_disk_leaves_nothing_behind_and_later_there_is_room() {
     let (sim, media) = sim();
@@ -191,7 +204,7 @@ fn a_full_disk_leaves_nothing_behind_and_later_there_is_room() {
     let full = datafile.append(1, &[&[1; 2000]]).unwrap_err();
     assert!(full.is_disk_full());
     assert_eq!(datafile.len(), before);
-    sim.inject(Fault::Unlimited);
+    sim.inject(Fault::Healthy);
     datafile.append(1, &[&[1; 2000]]).unwrap();
     datafile.sync().unwrap();
     drop(datafile);

@@ -256,7 +256,7 @@ fn quota_and_full_disk_refuse_and_later_accept() {
         Err(EngineError::NoSpace)
     ));
     assert!(delete(&namespace, b"a").unwrap());
-    media.inject(Fault::Unlimited);
+    media.inject(Fault::Healthy);
     set(&namespace, b"c", &value(3000, 1)).unwrap();
 }
 

@@ -24,8 +24,8 @@ pub enum Fault {
     FailSync(u64),
     /// The disk holds this many bytes of files.
     Capacity(u64),
-    /// The disk is as large as memory again.
-    Unlimited,
+    /// None of the above any more, also if it was to come yet; the disk is as large as memory again.
+    Healthy,
 }
 
 /// A filesystem in memory; clones share it.
@@ -184,7 +184,9 @@ impl SimMedia {
             Fault::CrashAfter(operations) => world.crash_at = Some(world.operations + operations),
             Fault::FailSync(syncs) => world.fail_sync_in = Some(syncs),
             Fault::Capacity(bytes) => world.capacity = Some(bytes),
-            Fault::Unlimited => world.capacity = None,
+            Fault::Healthy => {
+                (world.crash_at, world.fail_sync_in, world.capacity) = (None, None, None);
+            }
         }
     }
 

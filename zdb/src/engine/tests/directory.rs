@@ -84,7 +84,7 @@ fn what_others_fill_is_noticed_and_room_that_returns_is_seen_at_once() {
         media.inject(Fault::Capacity(reserve / 2));
         let refused = set_until_refused(&namespace);
         assert!(matches!(refused, EngineError::NoSpace), "{refused}");
-        media.inject(Fault::Unlimited);
+        media.inject(Fault::Healthy);
         set(&namespace, b"b", &[round]).unwrap();
     }
 }

@@ -69,7 +69,7 @@ fn a_full_disk_is_a_clean_error_and_room_heals_it() {
         });
         assert_same(&namespace, &model);
         namespace.is_alive().unwrap();
-        media.inject(Fault::Unlimited);
+        media.inject(Fault::Healthy);
         set(&namespace, b"later", b"there is room").unwrap();
         model.insert(b"later".to_vec(), b"there is room".to_vec());
         namespace.compact_now().unwrap();

@@ -138,7 +138,7 @@ fn a_full_disk_costs_only_the_snapshot() {
     assert_same(&namespace, &model);
     engine.close();
     drop(namespace);
-    media.inject(Fault::Unlimited);
+    media.inject(Fault::Healthy);
     let (_engine, namespace) = opened(&media);
     assert_same(&namespace, &model);
 }
