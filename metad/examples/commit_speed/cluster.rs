@@ -34,15 +34,18 @@ pub(crate) fn serve(data: PathBuf) -> Result<()> {
 }
 
 struct Node {
+    /// `qsfs`; without it this program.
+    program: Option<PathBuf>,
     data: PathBuf,
     address: String,
     child: Option<Child>,
 }
 
 impl Node {
-    fn new(root: &Path, name: &str) -> Result<Self> {
+    fn new(root: &Path, name: &str, program: Option<&Path>) -> Result<Self> {
         let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
         Ok(Self {
+            program: program.map(Path::to_owned),
             data: root.join(name),
             address: listener.local_addr()?.to_string(),
             child: None,
@@ -50,14 +53,18 @@ impl Node {
     }
 
     fn start(&mut self) -> Result<()> {
-        let child = std::process::Command::new(std::env::current_exe()?)
-            .arg("serve")
-            .arg(&self.data)
+        let mut command = if let Some(program) = &self.program {
+            let mut command = std::process::Command::new(program);
+            command.args(["metad", "serve", "--data"]);
+            command
+        } else {
+            let mut command = std::process::Command::new(std::env::current_exe()?);
             // As the program itself sets it.
-            .env("MALLOC_ARENA_MAX", "2")
-            .stdin(Stdio::null())
-            .spawn()?;
-        self.child = Some(child);
+            command.env("MALLOC_ARENA_MAX", "2").arg("serve");
+            command
+        };
+        command.arg(&self.data).stdin(Stdio::null());
+        self.child = Some(command.spawn()?);
         Ok(())
     }
 
@@ -89,8 +96,8 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    pub(crate) async fn start(root: &Path) -> Result<Self> {
-        let mut first = Node::new(root, "m1")?;
+    pub(crate) async fn start(root: &Path, program: Option<&Path>) -> Result<Self> {
+        let mut first = Node::new(root, "m1", program)?;
         let born = bootstrap(BootstrapOptions {
             name: "m1".parse()?,
             location: "loc1".parse()?,
@@ -106,7 +113,7 @@ impl Cluster {
         let mut nodes = vec![first];
         for (number, token) in (2..).zip(&born.tokens[..2]) {
             let name = format!("m{number}");
-            let mut node = Node::new(root, &name)?;
+            let mut node = Node::new(root, &name, program)?;
             join(JoinOptions {
                 token: token.to_string(),
                 name: name.parse()?,

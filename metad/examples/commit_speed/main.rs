@@ -1,12 +1,13 @@
 //! Commits per second of three metad processes on this machine, and, where etcd is installed, of three etcd processes in the same run.
 //!
 //! ```text
-//! cargo run --release -p qsfs-metad --example commit_speed -- [--seconds 4] [--widths 1,8,64,256] [--etcd] [--kills 0] [--dir D]
+//! cargo run --release -p qsfs-metad --example commit_speed -- [--seconds 4] [--widths 1,8,64,256] [--etcd] [--kills 0] [--dir D] [--program QSFS]
 //! ```
 //!
 //! One commit is one encoding record of four shards, whose log entry is about 256 bytes; one put of etcd is a key of 32 bytes and
 //! a value of 256. Both are durable on a majority when they are answered. Callers share one connection per eight, as etcd's own
 //! benchmark does with `--conns`. metad's side is a whole command of its state machine, over mutual TLS; etcd's is without TLS.
+//! With `--program` the three are `QSFS metad serve`, what a user runs; without it they are this program. CPU is of all processes.
 
 mod cluster;
 mod etcd;
@@ -19,6 +20,8 @@ use std::time::{Duration, Instant};
 
 /// Callers that share a connection.
 pub(crate) const CALLERS_PER_CONNECTION: usize = 8;
+/// `USER_HZ`, which is 100 wherever Linux says anything to processes.
+const TICKS_PER_SECOND: f64 = 100.0;
 
 struct Options {
     seconds: u64,
@@ -26,6 +29,7 @@ struct Options {
     etcd: bool,
     kills: usize,
     dir: Option<PathBuf>,
+    program: Option<PathBuf>,
 }
 
 fn options() -> Result<Options> {
@@ -35,6 +39,7 @@ fn options() -> Result<Options> {
         etcd: false,
         kills: 0,
         dir: None,
+        program: None,
     };
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
@@ -51,6 +56,7 @@ fn options() -> Result<Options> {
             }
             "--kills" => options.kills = value()?.parse()?,
             "--dir" => options.dir = Some(value()?.into()),
+            "--program" => options.program = Some(value()?.into()),
             "--etcd" => options.etcd = true,
             other => bail!("{other} is no option; see the head of this example's source"),
         }
@@ -79,13 +85,14 @@ fn main() -> Result<()> {
 }
 
 async fn run(options: &Options, root: &std::path::Path) -> Result<()> {
-    let mut cluster = Cluster::start(&root.join("metad")).await?;
+    let mut cluster = Cluster::start(&root.join("metad"), options.program.as_deref()).await?;
     println!("log entry of one commit: {} bytes", cluster.entry_bytes());
     let span = Duration::from_secs(options.seconds);
     let mut leader = cluster.leader().await?;
     for width in &options.widths {
+        let before = cpu_seconds(&cluster.pids());
         let latencies = cluster.commits(*width, span).await?;
-        report("metad", *width, &latencies);
+        report("metad", *width, &latencies, &before, &cluster.pids());
         let leads = cluster.leader().await?;
         if leads != leader {
             println!("metad: the leader changed meanwhile");
@@ -100,8 +107,9 @@ async fn run(options: &Options, root: &std::path::Path) -> Result<()> {
     if options.etcd {
         let etcd = etcd::Etcd::start(&root.join("etcd")).await?;
         for width in &options.widths {
+            let before = cpu_seconds(&etcd.pids());
             let latencies = etcd.puts(*width, span).await?;
-            report("etcd ", *width, &latencies);
+            report("etcd ", *width, &latencies, &before, &etcd.pids());
         }
         println!("etcd  resident now/peak, MiB: {}", memory(&etcd.pids()));
     }
@@ -134,13 +142,32 @@ pub(crate) fn percentile(sorted: &[f64], percent: usize) -> f64 {
     sorted.get(index).copied().unwrap_or(0.0)
 }
 
-fn report(name: &str, width: usize, latencies: &Latencies) {
+/// `before`: CPU-seconds of `pids` and this process when the span began.
+fn report(name: &str, width: usize, latencies: &Latencies, before: &[f64], pids: &[u32]) {
+    let answers = latencies.ms.len() as f64;
+    let spent = cpu_seconds(pids);
+    let each = spent.iter().zip(before);
+    let each = each.map(|(now, then)| format!("{:.0}", (now - then) * 1e6 / answers.max(1.0)));
     println!(
-        "{name} {width:>4} callers: {:>6.0} per second, p50 {:>6.2} ms, p99 {:>6.2} ms",
-        latencies.ms.len() as f64 / latencies.seconds,
+        "{name} {width:>4} callers: {:>6.0} per second, p50 {:>6.2} ms, p99 {:>6.2} ms, CPU us each (members, callers): {}",
+        answers / latencies.seconds,
         percentile(&latencies.ms, 50),
         percentile(&latencies.ms, 99),
+        each.collect::<Vec<_>>().join(" "),
     );
+}
+
+/// CPU-seconds spent by processes and, last, by this one.
+fn cpu_seconds(pids: &[u32]) -> Vec<f64> {
+    let of = |pid: u32| -> f64 {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // proc_pid_stat(5): utime and stime are fields 14 and 15, the 12th and 13th behind the name.
+        let behind = text.rsplit_once(')').map_or("", |(_, behind)| behind);
+        let ticks = behind.split_whitespace().skip(11).take(2);
+        ticks.filter_map(|ticks| ticks.parse::<f64>().ok()).sum()
+    };
+    let pids = pids.iter().copied().chain([std::process::id()]);
+    pids.map(|pid| of(pid) / TICKS_PER_SECOND).collect()
 }
 
 /// Resident MiB of processes, now and at their highest.
