@@ -1,7 +1,7 @@
 //! Two allocators, told apart by the size of what they are asked for.
 //!
 //! Small: jemalloc. A metad makes and drops some hundred small things per commit, on one thread after another; the C library's allocator
-//! was a fifth of a leader's CPU time. Large: the C library's, told to keep what is freed. Pieces of 1 MiB come and go all the time, and
+//! was a sixth of a leader's CPU time. Large: the C library's, told to keep what is freed. Pieces of 1 MiB come and go all the time, and
 //! giving each back to the kernel costs a zeroed page fault per 4 KiB of the next: at 4+4 a fifth of the CPU time of a push. jemalloc
 //! can keep them as well, but with all in jemalloc a mount held 120 to 190 MiB more while it wrote and read 4 GiB.
 

@@ -59,7 +59,7 @@ impl Node {
             command
         } else {
             let mut command = std::process::Command::new(std::env::current_exe()?);
-            // As the program itself sets it.
+            // As the program sets it for what it leaves to this allocator.
             command.env("MALLOC_ARENA_MAX", "2").arg("serve");
             command
         };

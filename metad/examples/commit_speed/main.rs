@@ -7,7 +7,8 @@
 //! One commit is one encoding record of four shards, whose log entry is about 256 bytes; one put of etcd is a key of 32 bytes and
 //! a value of 256. Both are durable on a majority when they are answered. Callers share one connection per eight, as etcd's own
 //! benchmark does with `--conns`. metad's side is a whole command of its state machine, over mutual TLS; etcd's is without TLS.
-//! With `--program` the three are `QSFS metad serve`, what a user runs; without it they are this program. CPU is of all processes.
+//! With `--program` the three are `QSFS metad serve`, what a user runs; without it they are this program, whose allocator is the C library's.
+//! CPU is of all processes.
 
 mod cluster;
 mod etcd;
