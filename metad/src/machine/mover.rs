@@ -52,7 +52,7 @@ fn root_name(part: u32) -> RowKey {
 
 /// A page that must be there.
 pub(super) fn page(store: &dyn Store, id: u64) -> Result<Vec<u8>, KvError> {
-    let page = store.get(&page_name(id))?;
+    let page = store.get(&page_name(id)).map_err(KvError::of_read)?;
     page.ok_or_else(|| KvError::Damaged(format!("page {id} is missing")))
 }
 

@@ -68,7 +68,7 @@ struct Inner {
 }
 
 impl Inner {
-    /// A block, verified: what rotted since the start is an error and not a row. Costs a fifth of what getting the block and finding a row in it does.
+    /// A block, verified: what rotted since the start, or cannot be read any more, is an error and not a row. Costs a fifth of what getting the block and finding a row in it does.
     fn block(&self, id: u64) -> Result<Vec<u8>, KvError> {
         self.noting(mover::page(self.store.as_ref(), id).and_then(|page| {
             let verified = block::verify(&page);

@@ -2,6 +2,7 @@
 //!
 //! Invariants: ranges come in key order; a batch becomes visible whole or not at all.
 
+use nix::errno::Errno;
 use smallvec::SmallVec;
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -55,6 +56,21 @@ pub enum KvError {
 }
 
 impl KvError {
+    /// What it means where rows are read: what the disk fails to give back is gone, as if it had rotted.
+    #[must_use]
+    pub fn of_read(self) -> Self {
+        match self {
+            Self::Store(sled::Error::Io(error))
+                if error.raw_os_error() == Some(Errno::EIO as i32) =>
+            {
+                Self::Damaged(format!(
+                    "the disk does not give back what was written: {error}"
+                ))
+            }
+            other => other,
+        }
+    }
+
     /// What was written is not there as it was written.
     pub fn is_rot(&self) -> bool {
         matches!(

@@ -19,8 +19,19 @@ struct Mood {
     dead: bool,
     /// What is received is harmed as it is synced.
     harmed: u32,
-    /// The next page of rows that is read has rotted.
-    rots: bool,
+    /// What becomes of the next page of rows that is read.
+    rots: Option<Rot>,
+    /// Its name, if it cannot be read.
+    unreadable: Option<Vec<u8>>,
+}
+
+/// How a page goes bad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rot {
+    /// A bit of it flips.
+    Flips,
+    /// The disk cannot read it.
+    Unreadable,
 }
 
 /// What to do. Clones share it.
@@ -34,8 +45,8 @@ impl Switch {
     }
 
     /// The next page of rows that is read is not as it was written, from then on.
-    pub(super) fn rot(&self) {
-        self.0.lock().rots = true;
+    pub(super) fn rot(&self, how: Rot) {
+        self.0.lock().rots = Some(how);
     }
 
     pub(super) fn harmed(&self) -> u32 {
@@ -198,20 +209,39 @@ struct FaultyStore {
     switch: Switch,
 }
 
+impl FaultyStore {
+    fn readable(&self, reads: impl Fn(&[u8]) -> bool) -> Result<(), KvError> {
+        match &self.switch.0.lock().unreadable {
+            Some(name) if reads(name) => {
+                let error = io::Error::from(nix::errno::Errno::EIO);
+                Err(sled::Error::from(error).into())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Store for FaultyStore {
     fn get(&self, key: &[u8]) -> Result<Option<Vec<u8>>, KvError> {
         let Some(mut page) = self.below.get(key)? else {
             return Ok(None);
         };
-        if key.first() == Some(&b'p') && std::mem::take(&mut self.switch.0.lock().rots) {
-            let middle = page.len() / 2;
-            page[middle] ^= 0x10;
-            let rotten = (RowKey::from_slice(key), Some(page.clone()));
-            self.below.write(&[rotten].into())?;
+        if key.first() == Some(&b'p') {
+            let rots = self.switch.0.lock().rots.take();
+            if rots == Some(Rot::Flips) {
+                let middle = page.len() / 2;
+                page[middle] ^= 0x10;
+                let rotten = (RowKey::from_slice(key), Some(page.clone()));
+                self.below.write(&[rotten].into())?;
+            } else if rots == Some(Rot::Unreadable) {
+                self.switch.0.lock().unreadable = Some(key.to_vec());
+            }
         }
+        self.readable(|name| name == key)?;
         Ok(Some(page))
     }
     fn range(&self, from: &[u8], until: &[u8], max: usize) -> Result<Vec<Pair>, KvError> {
+        self.readable(|name| from <= name && name < until)?;
         self.below.range(from, until, max)
     }
     fn write(&self, batch: &Batch) -> Result<(), KvError> {
@@ -223,6 +253,7 @@ impl Store for FaultyStore {
         self.below.flush()
     }
     fn verify(&self) -> Result<(), KvError> {
+        self.readable(|_| true)?;
         self.below.verify()
     }
 }
@@ -244,6 +275,8 @@ impl Stores for FaultyStores {
     }
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.switch.step()?;
+        // What is made in its place stands elsewhere on the disk.
+        self.switch.0.lock().unreadable = None;
         self.below.rename(from, to)
     }
     fn list(&self, parent: &Path) -> io::Result<Vec<String>> {
