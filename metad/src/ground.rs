@@ -115,6 +115,8 @@ pub struct Sizes {
     pub snapshot_cost_max: u64,
     /// What is kept of the log that is in a snapshot, for followers that are a little late.
     pub kept: Amount,
+    /// How much of the log is applied at once by one that hears from a leader: it is in memory meanwhile.
+    pub applied_at_once: Amount,
 }
 
 impl Default for Sizes {
@@ -126,6 +128,10 @@ impl Default for Sizes {
             kept: Amount {
                 entries: 2_000,
                 bytes: 16 << 20,
+            },
+            applied_at_once: Amount {
+                entries: 16_384,
+                bytes: 8 << 20,
             },
         }
     }

@@ -273,6 +273,11 @@ impl Machine {
         self.shared.current.read().raft.clone()
     }
 
+    /// Index of the newest applied entry.
+    pub fn applied(&self) -> u64 {
+        *self.shared.changed.borrow()
+    }
+
     /// Index of the newest applied entry, as it grows.
     pub fn applied_index(&self) -> tokio::sync::watch::Receiver<u64> {
         self.shared.changed.subscribe()

@@ -533,6 +533,7 @@ impl Running {
                 core.raft.clone(),
                 consensus.clone(),
                 core.network.clone(),
+                core.log.clone(),
             )),
             consensus,
             soft,

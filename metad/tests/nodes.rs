@@ -50,6 +50,10 @@ const SMALL: Sizes = Sizes {
         entries: 8,
         bytes: 4 << 10,
     },
+    applied_at_once: Amount {
+        entries: 8,
+        bytes: 4 << 10,
+    },
 };
 
 /// Connects and says who it is.

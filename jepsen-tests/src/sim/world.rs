@@ -37,6 +37,10 @@ const SIZES: Sizes = Sizes {
         entries: 20,
         bytes: 64 << 10,
     },
+    applied_at_once: Amount {
+        entries: 40,
+        bytes: 16 << 10,
+    },
 };
 
 /// What becomes of one message.

@@ -51,6 +51,13 @@ pub struct Amount {
     pub bytes: u64,
 }
 
+impl Amount {
+    /// Is neither of its numbers above those of the other?
+    pub fn within(self, most: Self) -> bool {
+        self.entries <= most.entries && self.bytes <= most.bytes
+    }
+}
+
 /// Bytes of the entries up to the newest.
 fn reached(slots: &BTreeMap<u64, Slot>) -> u64 {
     slots.last_key_value().map_or(0, |(_, slot)| slot.reached)
@@ -202,6 +209,22 @@ impl Segments {
             entries: last.saturating_sub(begin.0),
             bytes: end.reached.saturating_sub(begin.1),
         }
+    }
+
+    /// The newest index up to which no more than `most` lies behind `behind`, but at least the next one; none if there is none.
+    pub fn fitting(&self, behind: u64, most: Amount) -> Option<u64> {
+        let (last, _) = self.slots.range(behind + 1..).next_back()?;
+        // What is fitting so far, and the first that may not be.
+        let (mut upto, mut above) = (behind + 1, last + 1);
+        while above - upto > 1 {
+            let middle = upto + (above - upto) / 2;
+            if self.amount(Some(behind), middle).within(most) {
+                upto = middle;
+            } else {
+                above = middle;
+            }
+        }
+        Some(upto)
     }
 
     /// The newest index up to which all may be purged, if of the entries up to `upto` as many are kept as `kept` allows in both of its

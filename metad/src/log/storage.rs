@@ -129,6 +129,35 @@ impl LogStore {
         Ok(())
     }
 
+    /// Takes back what a leader says is committed, as far as more than `most` lies between the applied entry and it: openraft reads
+    /// all of that into memory, and queues it without a limit. The leader says it again with its next message.
+    ///
+    /// Up to the entry before those of a request this log is the leader's if it holds that entry itself; what stands there before
+    /// something committed is committed as well. Of what lies behind that entry nothing is known: it may be of an old term. So a
+    /// request is changed only if it is too much already without its own entries.
+    pub fn hold_commit(
+        &self,
+        request: &mut AppendEntriesRequest<TypeConfig>,
+        applied: u64,
+        most: Amount,
+    ) {
+        let (Some(committed), Some(before)) = (request.leader_commit, request.prev_log_id) else {
+            return;
+        };
+        let segments = self.segments.lock();
+        let known = committed.index.min(before.index);
+        if segments.amount(Some(applied), known).within(most)
+            || segments.id_at(before.index) != Some(before)
+        {
+            return;
+        }
+        if let Some(fitting) = segments.fitting(applied, most)
+            && fitting < known
+        {
+            request.leader_commit = segments.id_at(fitting);
+        }
+    }
+
     /// Waits until all that was written is durable.
     async fn settle(&self) -> Result<(), LogError> {
         let (_, last) = self.bounds();

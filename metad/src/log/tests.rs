@@ -2,6 +2,7 @@
 //! The log against a model, across restarts and crashes.
 
 mod cluster;
+mod following;
 mod hanging;
 mod leading;
 

@@ -398,11 +398,12 @@ pub struct Inbound {
     spoken: Spoken,
     consensus: Consensus,
     network: Network,
+    log: LogStore,
 }
 
 impl Inbound {
-    /// Hands it to this Raft.
-    pub fn new(raft: Raft, consensus: Consensus, network: Network) -> Self {
+    /// Hands it to this Raft, which keeps this log.
+    pub fn new(raft: Raft, consensus: Consensus, network: Network, log: LogStore) -> Self {
         let machine = consensus.machine().clone();
         Self {
             receiving: Receiving::new(raft.clone(), machine),
@@ -410,6 +411,7 @@ impl Inbound {
             raft,
             consensus,
             network,
+            log,
             spoken: Spoken::default(),
         }
     }
@@ -459,17 +461,20 @@ impl RaftTransport for Inbound {
             RaftRpc::Append => {
                 // The peer's certificate and the version verified: what does not decode is of a newer program.
                 let body = body_of(&payload).map_err(text)?;
-                let request = decode_append(&body)
+                let mut request = decode_append(&body)
                     .map_err(|error| unknown_entry(&error.to_string()))
                     .inspect_err(|error| self.say_unknown(from, error))?;
                 check_sender(from, &request.vote)?;
                 self.spoken.note(from.0);
-                let program = self.consensus.machine().ground().program;
+                let machine = self.consensus.machine();
+                let (program, sizes) = (machine.ground().program, machine.ground().sizes);
                 let known = request
                     .entries
                     .iter()
                     .try_for_each(|entry| program.check(entry));
                 known.inspect_err(|error| self.say_unknown(from, error))?;
+                let most = sizes.applied_at_once;
+                self.log.hold_commit(&mut request, machine.applied(), most);
                 Ok(encode(&self.raft.append_entries(request).await))
             }
             RaftRpc::Vote => {
