@@ -166,9 +166,10 @@ fn measure_syncs(dir: &Path, bytes: usize, depth: usize) {
     );
 }
 
-/// Megabytes a second of large values, appended one after the other with one fdatasync for so many. The file stays, as the server's files do.
-fn stream(dir: &Path, name: &str, for_each: usize) -> f64 {
-    let mut file = File::create(dir.join(name)).unwrap();
+/// Megabytes a second of large values, appended one after the other with one fdatasync for so many. The file takes the place of the one
+/// before, and so the memory and the blocks that it gives back: where a virtual machine has none of its own yet, both come slowly.
+fn stream(dir: &Path, for_each: usize) -> f64 {
+    let mut file = File::create(dir.join("load-stream")).unwrap();
     let block = vec![b'v'; LARGE];
     let began = Instant::now();
     for number in 1..=TURN {
@@ -231,8 +232,10 @@ fn median(mut of: Vec<f64>) -> f64 {
 
 const SMALL: usize = 4096;
 const LARGE: usize = 1 << 20;
-/// Large values of one turn: a disk changes its mind within seconds.
-const TURN: usize = 48;
+/// Large values of one turn: a disk changes its mind within seconds, and a connection takes some to get going.
+const TURN: usize = 192;
+/// Large values that one fdatasync is for, where the disk alone is measured.
+const STREAMED: usize = 48;
 const ROUNDS: usize = 7;
 /// Where the keys of large values begin, anew in every run: what is measured is writing, not that and compacting what was overwritten.
 const FRESH_KEYS: std::ops::Range<usize> = 10_000_000..900_000_000;
@@ -249,9 +252,11 @@ fn all_large(address: &str, dir: &Path) {
         [1, 4, 16].map(|depth| (depth, Vec::new(), Vec::new())),
     );
     let mut first = rand::random_range(FRESH_KEYS);
-    for round in 0..ROUNDS {
+    // The first is to warm up.
+    stream(dir, STREAMED);
+    for _ in 0..ROUNDS {
         for (depth, sets, ratios) in &mut turns {
-            let before = stream(dir, &format!("load-{round}-{depth}-before"), TURN);
+            let before = stream(dir, STREAMED);
             let load = Load {
                 first,
                 keys: usize::MAX,
@@ -259,15 +264,16 @@ fn all_large(address: &str, dir: &Path) {
             };
             let set = rate(address, load, 1, |sent, _| sent < TURN);
             first += TURN;
-            let after = stream(dir, &format!("load-{round}-{depth}-after"), TURN);
+            let after = stream(dir, STREAMED);
             disk.extend([before, after]);
             sets.push(megabytes(set));
             ratios.push(megabytes(set) / f64::midpoint(before, after));
         }
-        synced.push(stream(dir, &format!("load-{round}-synced"), 1));
+        synced.push(stream(dir, 1));
     }
+    std::fs::remove_file(dir.join("load-stream")).unwrap();
     println!(
-        "the disk alone: {:.0} MB/s of 1 MiB appends, one fdatasync for {TURN}; {:.0} MB/s with one for each",
+        "the disk alone: {:.0} MB/s of 1 MiB appends, one fdatasync for {STREAMED}; {:.0} MB/s with one for each",
         median(disk),
         median(synced)
     );

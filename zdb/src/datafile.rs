@@ -19,6 +19,7 @@
 
 mod buffers;
 mod frame;
+mod layout;
 mod reader;
 mod scan;
 #[cfg(test)]
@@ -31,7 +32,8 @@ pub use reader::{DatafileReader, Frame, Frames, SyncHandle};
 pub use scan::{Damage, FrameView, ScanReport, Tail};
 
 use crate::media::{Media, OpenMode};
-use frame::{FILE_HEADER_BYTES, FileHeader, FrameHeader, padding};
+use frame::{FILE_HEADER_BYTES, FileHeader};
+use layout::{Direct, Layout};
 use reader::Shared;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -160,6 +162,7 @@ pub struct Datafile {
     allocated: u64,
     /// The file's length right after the last mark.
     marked_at: u64,
+    direct: Direct,
 }
 
 impl Datafile {
@@ -266,6 +269,7 @@ impl Datafile {
             length,
             allocated: length,
             marked_at: 0,
+            direct: Direct::default(),
         }
     }
 
@@ -280,7 +284,7 @@ impl Datafile {
         Ok(offset)
     }
 
-    /// Append frames with one write; returns their offsets. All or none of them are in the file afterwards.
+    /// Append frames; returns their offsets. All or none of them are in the file afterwards.
     pub fn append_batch(&mut self, frames: &[FrameParts<'_>]) -> Result<Vec<u64>, DatafileError> {
         for frame in frames {
             assert!(
@@ -288,18 +292,19 @@ impl Datafile {
                 "frame kinds of users are 1 to 239"
             );
         }
-        self.append_frames(frames, &[])
+        self.append_frames(frames, &[], false)
     }
 
     /// As [`Datafile::append_batch`], for frames the CRC-32 of whose parts (all of them, one after the other) is known already, each.
-    /// The caller answers for it: a frame with a wrong one is damaged from the beginning.
+    /// The caller answers for it: a frame with a wrong one is damaged from the beginning. What is large goes past the page cache: for
+    /// what is not read again soon.
     pub(crate) fn append_summed(
         &mut self,
         frames: &[FrameParts<'_>],
         rest_crcs: &[u32],
     ) -> Result<Vec<u64>, DatafileError> {
         assert_eq!(frames.len(), rest_crcs.len(), "one checksum for each frame");
-        self.append_frames(frames, rest_crcs)
+        self.append_frames(frames, rest_crcs, true)
     }
 
     /// Write zeros behind what is in use, so that the next small appends change neither the file's length nor its blocks: their syncs
@@ -342,7 +347,7 @@ impl Datafile {
             prefix: &[],
             parts: &[],
         };
-        self.append_frames(&[mark], &[])?;
+        self.append_frames(&[mark], &[], false)?;
         self.sync()
     }
 
@@ -358,7 +363,7 @@ impl Datafile {
             prefix: &[],
             parts: &[],
         };
-        self.append_frames(&[mark], &[])?;
+        self.append_frames(&[mark], &[], false)?;
         // The mark itself is not durable, and need not be: losing it loses nothing.
         self.marked_at = self.length;
         Ok(())
@@ -369,34 +374,26 @@ impl Datafile {
         &mut self,
         frames: &[FrameParts<'_>],
         rest_crcs: &[u32],
+        past_cache: bool,
     ) -> Result<Vec<u64>, DatafileError> {
         self.shared.check_running()?;
         let durable = self.shared.durable.load(Ordering::Acquire);
-        let mut offsets = Vec::with_capacity(frames.len());
-        let mut headers = Vec::with_capacity(frames.len());
-        let mut end = self.length;
+        let salt = self.shared.header.salt;
+        let file = &*self.shared.file;
+        let past_cache =
+            past_cache && frames.iter().any(layout::is_large) && self.direct.is_there(file);
+        let mut layout = Layout::new(self.length, salt, durable, past_cache);
         for (number, frame) in frames.iter().enumerate() {
-            let header = FrameHeader::of(frame, rest_crcs.get(number).copied(), durable)?;
-            offsets.push(end);
-            headers.push(header.encode(self.shared.header.salt, end));
-            end += header.frame_bytes();
+            layout.push(frame, rest_crcs.get(number).copied())?;
         }
-        let mut slices: Vec<&[u8]> = Vec::with_capacity(frames.len() * 4);
-        for (frame, header) in frames.iter().zip(&headers) {
-            slices.push(header);
-            slices.push(frame.prefix);
-            slices.extend_from_slice(frame.parts);
-            let bytes = frame.prefix.len() + frame.parts.iter().map(|p| p.len()).sum::<usize>();
-            slices.push(padding(bytes as u64));
-        }
-        if let Err(source) = self.shared.file.write_vectored_at(&slices, self.length) {
+        if let Err(source) = layout.write(file, &mut self.direct) {
             self.undo_append();
             return Err(self.shared.io("append to", source));
         }
-        self.length = end;
-        self.allocated = self.allocated.max(end);
-        self.shared.written.store(end, Ordering::Release);
-        Ok(offsets)
+        self.length = layout.end;
+        self.allocated = self.allocated.max(layout.end);
+        self.shared.written.store(layout.end, Ordering::Release);
+        Ok(layout.placed.iter().map(|placed| placed.offset).collect())
     }
 
     /// A partly written batch must not be found by a later scan behind the next, shorter frame.

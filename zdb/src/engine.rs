@@ -32,6 +32,7 @@ mod store;
 mod tests;
 mod threads;
 
+pub(crate) use entry::value_residue;
 pub use entry::{KEY_BYTES_MAX, VALUE_BYTES_MAX};
 pub use lifecycle::Jump;
 pub(crate) use namespace::Caller;

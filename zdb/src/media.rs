@@ -18,6 +18,9 @@ pub use sim::{Fault, SimMedia};
 use std::io;
 use std::path::Path;
 
+/// What a file of [`MediaFile::past_cache`] wants multiples of.
+pub const PAGE_BYTES: usize = 4096;
+
 /// How to open a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OpenMode {
@@ -87,6 +90,12 @@ pub trait MediaFile: Send + Sync + std::fmt::Debug {
     }
     /// Write all bytes at an offset.
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// The same file, for writes that go past the page cache: the disk takes them from where they lie, so offset, length and memory
+    /// must be multiples of [`PAGE_BYTES`]; `InvalidInput` if the filesystem wants more than that. They are no more durable than others
+    /// before a sync. `None` where there is no such thing.
+    fn past_cache(&self) -> Option<Box<dyn MediaFile>> {
+        None
+    }
     /// Write all parts, one after the other, from an offset.
     fn write_vectored_at(&self, parts: &[&[u8]], offset: u64) -> io::Result<()>;
     /// Let a range that was written reach the disk, and wait for that. Makes nothing durable: what the disk itself has in memory and the

@@ -194,7 +194,8 @@ impl Window {
                 let frame = self.view(shared, offset, whole)?;
                 let from = FRAME_HEADER;
                 let payload = &frame[from..from + header.payload_bytes as usize];
-                if header.verify_payload(payload) {
+                // Of a void frame nothing is ever read.
+                if header.kind == KIND_VOID || header.verify_payload(payload) {
                     return Ok(Step::Frame { header, end });
                 }
                 let prefix = header.verified_prefix(payload).map(Bytes::from);
@@ -232,6 +233,9 @@ impl Window {
             return Ok(None);
         };
         let end = offset + header.frame_bytes();
+        if header.kind == KIND_VOID {
+            return Ok(Some(Step::Frame { header, end }));
+        }
         let prefix_bytes = usize::from(header.prefix_bytes);
         let prefix = self.view(shared, offset + FRAME_HEADER_BYTES, prefix_bytes)?;
         let prefix = header.verified_prefix(prefix).map(Bytes::from);
@@ -268,9 +272,10 @@ impl Window {
                 prefix: None,
             });
         }
-        // Large frames are stepped over; of small ones many are in one window.
+        // Large frames are stepped over; of small ones many are in one window. A void one stands between large ones.
         self.read_bytes = match header.frame_bytes() {
             LARGE_FRAME_BYTES.. => HEAD_BYTES,
+            _ if header.kind == KIND_VOID => self.read_bytes,
             _ => WINDOW_BYTES,
         };
         Ok(Step::Frame { header, end })

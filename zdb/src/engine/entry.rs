@@ -1,5 +1,7 @@
 //! What a 0-db entry looks like inside a frame. Byte rulers: `docs/format.md`, section "zdb datafile".
 
+use bytes::Bytes;
+
 /// Purpose in the file header of datafiles of a namespace.
 pub(super) const PURPOSE: [u8; 4] = *b"ZDBD";
 /// A value was set.
@@ -35,6 +37,12 @@ pub(super) struct EntryHead<'a> {
 /// Bytes before the value.
 pub(super) fn head_bytes(key_bytes: usize, linked: bool) -> usize {
     FIXED + key_bytes + if linked { LINK } else { 0 }
+}
+
+/// The address modulo 8 at which a large value of this key should begin, so that it can be written from where it lies: as it will in the
+/// datafile (`datafile::layout`).
+pub(crate) fn value_residue(key: &Bytes) -> usize {
+    head_bytes(key.len(), false) % 8
 }
 
 impl<'a> EntryHead<'a> {

@@ -4,7 +4,7 @@
 //! random 512-byte sectors (what a lost length change would have covered is gone); a truncation that was lost takes everything
 //! after it along; of the names created, renamed or removed since `sync_dir`, a random prefix is there.
 
-use super::{Identity, Media, MediaFile, MediaLock, OpenMode, Space};
+use super::{Identity, Media, MediaFile, MediaLock, OpenMode, PAGE_BYTES, Space};
 use parking_lot::{Condvar, Mutex};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -347,6 +347,8 @@ impl SimFileState {
 struct SimFile {
     world: Arc<Mutex<World>>,
     inode: u64,
+    /// It takes whole pages only, as a disk does past the page cache.
+    by_pages: bool,
 }
 
 #[derive(Debug)]
@@ -389,6 +391,7 @@ impl Media for SimMedia {
         Ok(Box::new(SimFile {
             world: Arc::clone(&self.world),
             inode,
+            by_pages: false,
         }))
     }
 
@@ -540,7 +543,19 @@ impl MediaFile for SimFile {
         self.read_at(buffer, offset).map(Some)
     }
 
+    fn past_cache(&self) -> Option<Box<dyn MediaFile>> {
+        Some(Box::new(Self {
+            world: Arc::clone(&self.world),
+            inode: self.inode,
+            by_pages: true,
+        }))
+    }
+
     fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let places = [bytes.as_ptr().addr(), bytes.len(), position(offset)?];
+        if self.by_pages && places.iter().any(|place| place % PAGE_BYTES != 0) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         self.with(|world, inode| {
             let cut_short = world.begin()?;
             let offset = position(offset)?;

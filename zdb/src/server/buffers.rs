@@ -1,6 +1,6 @@
 //! Buffers of large values that arrive, used again: the page faults of a fresh megabyte cost more than receiving it does.
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use parking_lot::Mutex;
 
 /// Smaller values come out of what is read at once; larger ones are rare.
@@ -12,9 +12,9 @@ static POOL: Pool = Pool(Mutex::new(Vec::new()));
 
 struct Pool(Mutex<Vec<BytesMut>>);
 
-/// An empty buffer with room for exactly so many bytes.
-pub(super) fn take(bytes: usize) -> BytesMut {
-    POOL.take(bytes)
+/// An empty buffer with room for so many bytes, which begin at an address that is `residue` modulo 8.
+pub(super) fn take(bytes: usize, residue: usize) -> BytesMut {
+    POOL.take(bytes, residue)
 }
 
 /// A value that has arrived whole; its buffer is used again once nobody needs it any more.
@@ -23,11 +23,14 @@ pub(super) fn whole(value: BytesMut) -> Bytes {
 }
 
 impl Pool {
-    fn take(&self, bytes: usize) -> BytesMut {
+    fn take(&self, bytes: usize, residue: usize) -> BytesMut {
         let used = POOLED_BYTES.contains(&bytes).then(|| self.0.lock().pop());
         let mut buffer = used.flatten().unwrap_or_default();
         // Of the same memory, unless that is too small or what followed the value is still needed.
-        buffer.reserve(bytes);
+        buffer.reserve(bytes + 7);
+        let skipped = residue.wrapping_sub(buffer.as_ptr().addr()) % 8;
+        buffer.resize(skipped, 0);
+        buffer.advance(skipped);
         buffer
     }
 
@@ -71,11 +74,13 @@ mod tests {
     use parking_lot::Mutex;
 
     const VALUE_BYTES: usize = 1 << 20;
+    const RESIDUE: usize = 5;
 
     /// As a connection does: the value, and behind it what belongs to the next argument.
     fn receive(pool: &'static Pool, byte: u8) -> Bytes {
-        let mut buffer = pool.take(VALUE_BYTES + 2);
+        let mut buffer = pool.take(VALUE_BYTES + 2, RESIDUE);
         assert!(buffer.is_empty() && buffer.capacity() >= VALUE_BYTES + 2);
+        assert_eq!(buffer.as_ptr().addr() % 8, RESIDUE);
         buffer.put_bytes(byte, VALUE_BYTES);
         buffer.put_slice(b"\r\n");
         let value = pool.whole(buffer.split_to(VALUE_BYTES));
@@ -113,7 +118,7 @@ mod tests {
         drop(values);
         assert_eq!(POOL.0.lock().len(), POOLED_MAX);
         // What is small is not kept for it.
-        let small = POOL.take(100);
+        let small = POOL.take(100, RESIDUE);
         assert!(small.capacity() < VALUE_BYTES);
         drop(POOL.whole(small));
         assert_eq!(POOL.0.lock().len(), POOLED_MAX);

@@ -10,7 +10,7 @@ use super::session::{Answering, Session};
 use super::values::Values;
 use super::writer::{Answers, Held, Outcome, Outstanding, Queued, Writer};
 use super::{BUDGET_UNIT, Server};
-use crate::engine::Caller;
+use crate::engine::{Caller, value_residue};
 use bytes::{Bytes, BytesMut};
 use std::future::{Future, poll_fn};
 use std::io;
@@ -233,7 +233,8 @@ impl<R: Source> Reader<R> {
         if self.arrival.is_some() && wanted > READ_BYTES_MAX {
             // Exactly what a large value needs, so that it has its buffer for itself and is never moved.
             if self.buffer.capacity() - self.buffer.len() < wanted {
-                let mut whole = buffers::take(self.buffer.len() + wanted);
+                let residue = self.parser.key().map_or(0, value_residue);
+                let mut whole = buffers::take(self.buffer.len() + wanted, residue);
                 whole.extend_from_slice(&self.buffer);
                 self.buffer = whole;
             }

@@ -69,6 +69,11 @@ impl Parser {
         self.request_bytes
     }
 
+    /// The argument behind the command, if it is here.
+    pub(super) fn key(&self) -> Option<&Bytes> {
+        self.arguments.get(1)
+    }
+
     /// Bytes that must arrive before the next step.
     pub(super) fn wanted_bytes(&self, buffer: &BytesMut) -> usize {
         match self.bulk {
