@@ -101,6 +101,14 @@ impl<'a> Second<'a> {
         self.cluster.qsfs(&[verb, &[&mount], options].concat())
     }
 
+    /// Until the agents that were killed are back for all, it says what is below policy.
+    fn sync_in_full(&self) {
+        wait_for("a sync in full", || {
+            let said = self.on(&["sync"], &[]);
+            holds(said.code == 0, said.stderr)
+        });
+    }
+
     fn kill(&self) {
         let (pid, _) = process::all_naming(&self.state)
             .into_iter()
@@ -209,10 +217,7 @@ fn harmed_when_sealed(second: &Second<'_>, kept: &[u8]) {
     let read = fs::read(second.mount.join("kept"));
     assert!(read.is_err() || read.unwrap() == kept);
     restores.into_iter().for_each(Restore::undo);
-    wait_for("a sync of what was restored", || {
-        let said = second.on(&["sync"], &[]);
-        holds(said.code == 0, said.stderr)
-    });
+    second.sync_in_full();
     assert!(fs::read(second.mount.join("kept")).unwrap() == kept);
 }
 
@@ -322,10 +327,7 @@ fn cache_limit(cluster: &DevCluster) {
     writes_again(&second.mount);
     all_there(&late);
     shell(&second.mount, "rm -f *");
-    wait_for("the last sync", || {
-        let said = second.on(&["sync"], &[]);
-        holds(said.code == 0, said.stderr)
-    });
+    second.sync_in_full();
     second.on(&["umount"], &[]).ok();
 }
 
@@ -355,12 +357,9 @@ fn client_disk(cluster: &DevCluster) {
     shell(&second.mount, "rm -f f*");
     cluster.start_again(&AGENTS);
     writes_again(&second.mount);
-    wait_for("a sync", || {
-        let said = second.on(&["sync"], &[]);
-        holds(said.code == 0, said.stderr)
-    });
+    second.sync_in_full();
     shell(&second.mount, "rm -f *");
-    second.on(&["sync"], &[]).ok();
+    second.sync_in_full();
     second.on(&["umount"], &[]).ok();
     wait_for("the process that used the disk to end", || {
         let said = Command::new("umount").arg(&second.state).status();
