@@ -468,14 +468,18 @@ impl RaftTransport for Inbound {
                 self.spoken.note(from.0);
                 let machine = self.consensus.machine();
                 let (program, sizes) = (machine.ground().program, machine.ground().sizes);
-                let known = request
-                    .entries
-                    .iter()
-                    .try_for_each(|entry| program.check(entry));
-                known.inspect_err(|error| self.say_unknown(from, error))?;
+                let mut entries = request.entries.iter();
+                let known = entries.try_for_each(|entry| program.check(entry));
+                if let Err(error) = &known {
+                    self.say_unknown(from, error);
+                    // Of what it holds it still hears how much is committed.
+                    request.entries.clear();
+                }
                 let most = sizes.applied_at_once;
                 self.log.hold_commit(&mut request, machine.applied(), most);
-                Ok(encode(&self.raft.append_entries(request).await))
+                let answer = self.raft.append_entries(request).await;
+                known?;
+                Ok(encode(&answer))
             }
             RaftRpc::Vote => {
                 let request: VoteRequest<u64> = decode(&payload).map_err(text)?;
