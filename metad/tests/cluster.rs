@@ -117,6 +117,10 @@ fn settings() -> ClusterSettings {
 }
 
 async fn start() -> Cluster {
+    start_with(settings()).await
+}
+
+async fn start_with(settings: ClusterSettings) -> Cluster {
     let dir = tempfile::tempdir().unwrap();
     let (mut first, listener) = Node::new(dir.path(), "m1");
     let born = bootstrap(BootstrapOptions {
@@ -125,7 +129,7 @@ async fn start() -> Cluster {
         listen: first.address.clone(),
         advertise: None,
         data: first.data.clone(),
-        settings: settings(),
+        settings,
         certificate_life: None,
         agent_tokens: 2,
     })
