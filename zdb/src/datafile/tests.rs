@@ -6,22 +6,22 @@ use proptest::prelude::{ProptestConfig, any, prop, proptest};
 use std::path::Path;
 use std::sync::Arc;
 
-const HEADER: DatafileHeader = DatafileHeader {
+pub(super) const HEADER: DatafileHeader = DatafileHeader {
     purpose: *b"TEST",
     id: 7,
 };
 
-fn sim() -> (SimMedia, Arc<dyn Media>) {
+pub(super) fn sim() -> (SimMedia, Arc<dyn Media>) {
     let sim = SimMedia::new();
     sim.create_dir_all(Path::new("/d")).unwrap();
     (sim.clone(), Arc::new(sim))
 }
 
-fn path() -> &'static Path {
+pub(super) fn path() -> &'static Path {
     Path::new("/d/f")
 }
 
-fn payloads(datafile: &Datafile) -> Vec<Vec<u8>> {
+pub(super) fn payloads(datafile: &Datafile) -> Vec<Vec<u8>> {
     datafile
         .frames(0)
         .filter_map(Result::ok)
