@@ -8,7 +8,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Seeds of every run, the ones that once found something among them.
-const FIXED: [u64; 21] = [
+const FIXED: [u64; 22] = [
     1,
     2,
     3,
@@ -30,6 +30,7 @@ const FIXED: [u64; 21] = [
     160,
     795_591_327_035,
     795_613_337_051,
+    795_634_743_069,
 ];
 /// Fresh seeds are begun for so long, unless `QSFS_SIM_SECONDS` says otherwise.
 const FRESH: Duration = Duration::from_secs(20);

@@ -6,8 +6,9 @@
 //! its volume deleted) the leader asks its own steady clock, which nobody sets, once it has applied all that was granted before: a new leader
 //! may be behind. A takeover asks nobody.
 
+use crate::state::command::Request;
 use qsfs_proto::api::{MetadError, Mutation, Volume};
-use qsfs_zstor::id::VolumeId;
+use qsfs_zstor::id::{ClientId, VolumeId};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -54,6 +55,33 @@ impl Holders {
         let heard = self.heard.get(&volume).copied().unwrap_or(self.since);
         let silent = now.saturating_duration_since(heard.max(self.since));
         silent >= ttl + ttl / MARGIN_SHARE
+    }
+}
+
+/// Refusals remembered at most; then they are forgotten, and a request that arrives once more is looked at anew.
+const REFUSED_MAX: usize = 16_384;
+
+/// What a leader did not propose since a lease lives: it stays refused if the same request arrives once more when the lease has ended. Who
+/// was told that it has no lease must not be given one.
+#[derive(Debug, Default)]
+pub struct Refused(BTreeMap<(ClientId, u64, u64), MetadError>);
+
+impl Refused {
+    fn name(request: &Request) -> (ClientId, u64, u64) {
+        (request.client, request.session, request.sequence)
+    }
+
+    /// What this request was answered.
+    pub fn get(&self, request: &Request) -> Option<MetadError> {
+        self.0.get(&Self::name(request)).cloned()
+    }
+
+    /// It was answered this.
+    pub fn note(&mut self, request: &Request, refused: MetadError) {
+        if self.0.len() >= REFUSED_MAX {
+            self.0.clear();
+        }
+        self.0.insert(Self::name(request), refused);
     }
 }
 
@@ -133,6 +161,31 @@ mod tests {
                 prop_assert_eq!(may, at >= last.unwrap_or(0) + 33);
             }
         }
+    }
+
+    #[test]
+    fn what_was_refused_stays_refused_for_that_request_alone() {
+        let request = |sequence| Request {
+            client: ClientId::from_bytes([7; 16]),
+            session: 1,
+            sequence,
+            oldest_pending: 0,
+        };
+        let mut refused = Refused::default();
+        refused.note(&request(5), MetadError::NoSuchVolume("v".into()));
+        assert!(refused.get(&request(5)).is_some());
+        // It knows by then that fewer answers are waited for.
+        let again = Request {
+            oldest_pending: 4,
+            ..request(5)
+        };
+        assert!(refused.get(&again).is_some());
+        assert!(refused.get(&request(6)).is_none());
+        for sequence in 10..10 + REFUSED_MAX as u64 {
+            refused.note(&request(sequence), MetadError::NoSuchVolume("v".into()));
+        }
+        assert!(refused.0.len() <= REFUSED_MAX);
+        assert!(refused.get(&request(9 + REFUSED_MAX as u64)).is_some());
     }
 
     #[test]

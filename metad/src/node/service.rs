@@ -162,13 +162,21 @@ impl Service {
         let Some((volume, settings)) = found else {
             return Ok(());
         };
+        let refused = self.soft.with(|term| term.refused.get(request));
+        if let Some(refused) = refused.flatten() {
+            return Err(refused.into());
+        }
         let ttl = Duration::from_millis(settings.lease_ttl_ms);
         let now = Instant::now();
         let may_take = || {
             let waited = |term: &mut Term| term.holders.may_take(id, ttl, now);
             self.soft.with(waited).unwrap_or(false)
         };
-        Ok(leases::check(mutation, &volume, may_take)?)
+        leases::check(mutation, &volume, may_take).map_err(|refused| {
+            self.soft
+                .with(|term| term.refused.note(request, refused.clone()));
+            refused.into()
+        })
     }
 
     /// A writer's report is for status alone: it stays in the leader's memory and out of the log.

@@ -1,7 +1,7 @@
 //! The leader's memory: facts, the planner's index, agent sessions, writers' reports. Nothing of it is replicated; a new leader
 //! learns it anew within a heartbeat.
 
-use super::leases::Holders;
+use super::leases::{Holders, Refused};
 use crate::plan::Plan;
 use crate::plan::facts::Facts;
 use crate::plan::index::Index;
@@ -50,6 +50,8 @@ pub struct Term {
     pub writers: BTreeMap<VolumeId, WriterReport>,
     /// When those who hold leases were heard.
     pub holders: Holders,
+    /// To whom a lease was not given.
+    pub refused: Refused,
     /// The newest plan.
     pub plan: Plan,
     finished: VecDeque<(u64, u64)>,
