@@ -39,10 +39,10 @@ async fn agents_speak_for_themselves_alone() {
     let other = fake_agent(&cluster, &cluster.tokens[1], "loc2").await;
     // What is said of a backend that the leader does not know yet is not heard.
     loop {
-        match one.session.1.recv().await {
-            Some(Ok(AgentOrder::Backends(known))) if known.len() == 4 => break,
-            Some(Ok(_)) => {}
-            ended => panic!("{ended:?}"),
+        match tokio::time::timeout(DEADLINE, one.session.1.recv()).await {
+            Ok(Some(Ok(AgentOrder::Backends(known)))) if known.len() == 4 => break,
+            Ok(Some(Ok(_))) => {}
+            ended => panic!("the leader does not tell of the backends: {ended:?}"),
         }
     }
     denied(

@@ -1,8 +1,7 @@
 //! A state that rots while its node runs.
 
-use super::*;
-
 use super::faulty::Rot;
+use super::*;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_state_that_rots_while_it_is_in_use_ends_the_node_and_the_next_start_makes_it_again() {

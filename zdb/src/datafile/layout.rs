@@ -41,6 +41,11 @@ impl Direct {
     pub(super) fn is_there(&mut self, file: &dyn MediaFile) -> bool {
         if matches!(self, Self::Unknown) {
             *self = file.past_cache().map_or(Self::Missing, Self::Open);
+            if matches!(self, Self::Missing) {
+                tracing::debug!(
+                    "large values go through the page cache: this filesystem has no way past it"
+                );
+            }
         }
         matches!(self, Self::Open(_))
     }
@@ -49,7 +54,10 @@ impl Direct {
         if let Self::Open(direct) = self {
             match direct.write_all_at(pages, at) {
                 // The filesystem wants more than whole pages.
-                Err(error) if error.kind() == io::ErrorKind::InvalidInput => *self = Self::Missing,
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                    tracing::debug!(%error, "large values go through the page cache: this filesystem does not take them past it");
+                    *self = Self::Missing;
+                }
                 written => return written,
             }
         }

@@ -132,7 +132,7 @@ fn append(
     datafile.append_summed(frames, &crcs)
 }
 
-/// Others take the values all the same; there this shows only that.
+/// Where it is not known of the filesystem, this shows only that the value is there.
 #[test]
 fn a_large_value_takes_no_page_of_the_cache() {
     let dir = tempfile::tempdir().unwrap();
